@@ -1,0 +1,1 @@
+"""Diffusers models in, one uniform view out."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime on CPU: one ONNX graph with integer kernels and in-graph scale tables."""

@@ -1,0 +1,121 @@
+"""The ONNX Runtime CPU target."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgeqdm.backends.onnxruntime.lint import check_graph
+from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
+from edgeqdm.emit.backend import (
+    Array,
+    Evaluate,
+    Exportable,
+    File,
+    KernelCount,
+    Menu,
+    Unsupported,
+)
+from edgeqdm.emit.export import export_onnx
+from edgeqdm.emit.render import RUNTIME_FOLDER
+from edgeqdm.errors import VerifyError
+from edgeqdm.ir.model import LayerKind, ModelInfo
+from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.precision import Precision
+
+GRAPH = "model.onnx"
+INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat")
+FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum")
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime's CPU execution provider, x86 and Arm."""
+
+    name = "onnxruntime"
+
+    def menu(self) -> Menu:
+        return {kind: (Precision.W8A8, Precision.FP32) for kind in LayerKind}
+
+    def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
+        kinds = {layer.name: layer.kind for layer in info.layers}
+        menu = self.menu()
+        found = []
+        if len(plan.phases) > 1:
+            reason = f"{len(plan.phases)} phases; this target's graph has one"
+            found.append(Unsupported("*", reason, "one phase for all steps"))
+        for phase in plan.phases:
+            for assignment in phase.layers:
+                kind = kinds.get(assignment.layer)
+                if kind is None:
+                    found.append(Unsupported(assignment.layer, "no such layer", "remove it"))
+                elif assignment.precision not in menu[kind]:
+                    reason = f"{kind} has no {assignment.precision} kernel"
+                    found.append(Unsupported(assignment.layer, reason, menu[kind][0]))
+        return tuple(found)
+
+    def emit(self, model: Exportable) -> Mapping[str, File]:
+        graph = finish(export_onnx(model.network, model.inputs, TRANSLATION))
+        check_graph(graph)
+        run = files("edgeqdm.backends.onnxruntime").joinpath("templates/run.py").read_bytes()
+        return {
+            GRAPH: File(graph.SerializeToString(deterministic=True), "model"),
+            f"{RUNTIME_FOLDER}/run.py": File(run, "runtime"),
+        }
+
+    def count_kernels(self, package: Path) -> KernelCount:
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            options = _options(1)
+            options.optimized_model_filepath = str(optimized)
+            _session(package, options)
+            nodes = Counter(node.op_type for node in onnx.load(optimized).graph.node)
+        by_name = {k: nodes[k] for k in (*INTEGER_KERNELS, *FLOAT_KERNELS) if nodes[k]}
+        return KernelCount(
+            integer=sum(nodes[k] for k in INTEGER_KERNELS),
+            floating=sum(nodes[k] for k in FLOAT_KERNELS),
+            by_name=by_name,
+        )
+
+    def open(self, package: Path, *, threads: int = 1) -> Evaluate:
+        session = _session(package, _options(threads))
+        names = [i.name for i in session.get_inputs()]
+
+        def evaluate(x: Array, step: int, conditioning: NDArray[Any] | None) -> Array:
+            values: list[NDArray[Any]] = [x, np.array(step, np.int64)]
+            values += [] if conditioning is None else [conditioning]
+            found: Array = session.run(None, dict(zip(names, values, strict=True)))[0]
+            return found
+
+        return evaluate
+
+    def versions(self) -> Mapping[str, str]:
+        return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
+
+
+def _options(threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _session(package: Path, options: Any) -> Any:
+    path = package / GRAPH
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # ONNX Runtime raises its own classes, RuntimeError and UnicodeDecodeError for bad graphs.
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise VerifyError(
+            "EQ-8301", f"ONNX Runtime refuses the graph: {reason}", path=path
+        ) from error

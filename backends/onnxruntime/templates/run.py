@@ -1,0 +1,204 @@
+"""Sample from this package. Needs Python >= 3.11, numpy and onnxruntime; nothing else.
+
+    python runtime/python/run.py --seed 0 --label 3 --out sheet.png
+    python runtime/python/run.py --self-test
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+try:
+    import numpy as np
+    import onnxruntime as ort
+except ImportError as missing:
+    sys.exit(f"error: {missing.name} is not installed - pip install numpy onnxruntime")
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import playback  # noqa: E402
+
+PACKAGE = Path(__file__).resolve().parents[2]
+EXIT_INPUT, EXIT_OUTPUT, EXIT_VERIFY = 3, 7, 8
+
+
+class Failure(Exception):
+    """An error with the exit code it ends the program with."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def check_hashes(package: Path) -> None:
+    """Raise Failure unless every file the manifest lists is there and unchanged."""
+    try:
+        files = json.loads((package / "manifest.json").read_text("utf-8"))["files"]
+        listed = {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Failure(EXIT_VERIFY, f"manifest.json cannot be read: {error!r}") from error
+    bad = []
+    for name, (sha256, size) in sorted(listed.items()):
+        path = package / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+            bad.append(f"{name} (not a path inside the package)")
+        elif not path.is_file():
+            bad.append(f"{name} (missing)")
+        elif path.stat().st_size != size:
+            bad.append(f"{name} (size)")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            bad.append(f"{name} (changed)")
+    if bad:
+        raise Failure(EXIT_VERIFY, "package is damaged: " + ", ".join(bad))
+
+
+def open_network(package: Path, threads: int) -> playback.Evaluate:
+    """The graph as a function of (scaled sample, step, conditioning)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        str(package / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    names = [i.name for i in session.get_inputs()]
+
+    def evaluate(x: Any, step: int, conditioning: Any) -> Any:
+        values = [x, np.array(step, np.int64)] + ([] if conditioning is None else [conditioning])
+        return session.run(None, dict(zip(names, values, strict=True)))[0]
+
+    return evaluate
+
+
+def parse_labels(player: playback.Player, text: str | None, count: int | None) -> Any:
+    """Labels int64 [B] by number or name; all labels once where none is asked for."""
+    if player.conditioning["kind"] != "label":
+        if text is not None:
+            raise playback.PlaybackError("this model takes no label")
+        return None
+    n_labels = player.conditioning["n_labels"]
+    if text is None:
+        return np.arange(count or n_labels, dtype=np.int64) % n_labels
+    by_name = {name.lower(): k for k, name in enumerate(player.label_names)}
+    try:
+        labels = [by_name[t.lower()] if t.lower() in by_name else int(t) for t in text.split(",")]
+    except ValueError:
+        known = ", ".join(player.label_names) or f"0..{n_labels - 1}"
+        raise playback.PlaybackError(f"unknown label in {text!r}; known: {known}") from None
+    repeated = labels * (count or 1) if len(labels) == 1 else labels
+    return np.array(repeated, np.int64)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    try:
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise Failure(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        Path(partial).unlink(missing_ok=True)
+        raise Failure(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
+
+
+def report_self_test(player: playback.Player, evaluate: playback.Evaluate) -> None:
+    """Print the deviation per step; raise Failure where the golden run is not met."""
+    golden = playback.read_safetensors(PACKAGE / "golden.safetensors")
+    result = playback.self_test(player, evaluate, golden)
+    print(json.dumps({"passed": result.passed, "deviation": result.deviation}))
+    if not result.passed:
+        raise Failure(EXIT_VERIFY, "self-test failed: outputs differ from the golden run")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample from this package.")
+    parser.add_argument("--out", type=Path, help="PNG file to write")
+    parser.add_argument("--latents", type=Path, help="also write the raw samples as .npy")
+    parser.add_argument("--label", help="label or labels, by number or name: 3 or 3,5 or Bag")
+    parser.add_argument("--count", type=int, help="number of images")
+    parser.add_argument("--embedding", type=Path, help=".npy file with one embedding per image")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--columns", type=int, default=10)
+    parser.add_argument("--self-test", action="store_true", help="replay the golden run and exit")
+    parser.add_argument("--quiet", action="store_true")
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_hashes(PACKAGE)
+    player = playback.open_player(PACKAGE)
+    if arguments.threads < 1:
+        raise Failure(EXIT_INPUT, f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.count is not None and arguments.count < 1:
+        raise Failure(EXIT_INPUT, f"--count must be at least 1, got {arguments.count}")
+    if arguments.self_test:
+        report_self_test(player, open_network(PACKAGE, arguments.threads))
+        return
+    if arguments.out is None:
+        raise Failure(2, "nothing to do: give --out FILE.png or --self-test")
+    if arguments.embedding is not None:
+        conditioning = np.load(arguments.embedding, allow_pickle=False).astype(np.float32)
+    else:
+        conditioning = parse_labels(player, arguments.label, arguments.count)
+    n_images = (arguments.count or 1) if conditioning is None else len(conditioning)
+    playback.check_conditioning(player, conditioning, n_images)
+    started = time.perf_counter()
+
+    def on_step(step: int, _: Any) -> None:
+        if not arguments.quiet and sys.stderr.isatty():
+            print(f"\rstep {step + 1}/{player.table.n_steps}", end="", file=sys.stderr)
+
+    samples = playback.sample(
+        player,
+        open_network(PACKAGE, arguments.threads),
+        conditioning,
+        seed=arguments.seed,
+        images=range(n_images),
+        on_step=on_step,
+    )
+    seconds = time.perf_counter() - started
+    image = playback.sheet(playback.decode(player, samples), arguments.columns)
+    write_atomically(arguments.out, playback.png(image))
+    if arguments.latents is not None:
+        with tempfile.TemporaryFile() as buffer:
+            np.save(buffer, samples)
+            buffer.seek(0)
+            write_atomically(arguments.latents, buffer.read())
+    if not arguments.quiet:
+        print(f"{arguments.out}: {n_images} images, seed {arguments.seed}, {seconds:.2f} s")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        run(arguments)
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+    except (playback.PlaybackError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the float model does along its own denoising trajectories."""

@@ -1,0 +1,155 @@
+"""Full-precision sampling runs, stored so that an interrupted calibration goes on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from edgeqdm.errors import InputError, NumericalError
+from edgeqdm.ir.codec import digest
+from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.numerics import philox, solver
+
+CHUNK = 16
+"""Trajectories that run together; fixed, because the result depends on it in the last bits."""
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after every finished unit of work."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N sampling runs of the float model.
+
+    Attributes:
+        inputs: what the network was fed, float32 [S, N, C, H, W].
+        outputs: network output after guidance, float32 [S, N, C, H, W].
+        conditioning: one label [N] or embedding [N, ...] per run, or None.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    conditioning: Tensor | None
+
+    @property
+    def n_steps(self) -> int:
+        return self.inputs.shape[0]
+
+    @property
+    def n_runs(self) -> int:
+        return self.inputs.shape[1]
+
+    def key(self) -> str:
+        """SHA-256 of everything in it."""
+        found = hashlib.sha256()
+        for tensor in (self.inputs, self.outputs, self.conditioning):
+            if tensor is not None:
+                found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
+
+
+def collect_trajectories(
+    denoiser: Denoiser,
+    n_runs: int,
+    *,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Trajectories:
+    """Sample with the float model and keep what its network saw and said at every step.
+
+    Args:
+        denoiser: the float model.
+        n_runs: number of trajectories, at least 1.
+        seed: of the initial samples, the step noise and the conditioning.
+        work: folder for finished chunks; a later call with the same arguments goes on from them.
+        progress: called after every chunk.
+
+    Raises:
+        InputError: if n_runs < 1.
+        NumericalError: if the model returns NaN or Inf; names the step.
+    """
+    if n_runs < 1:
+        raise InputError(
+            "EQ-3201", f"calibration needs at least 1 trajectory, got {n_runs}", path="samples"
+        )
+    conditioning = denoiser.draw_conditioning(n_runs, torch.Generator().manual_seed(seed))
+    starts = range(0, n_runs, CHUNK)
+    chunks = []
+    for done, start in enumerate(starts, start=1):
+        images = range(start, min(start + CHUNK, n_runs))
+        mine = None if conditioning is None else conditioning[images.start : images.stop]
+        file = None if work is None else work / f"{_chunk_key(denoiser, seed, images, mine)}.st"
+        chunks.append(_load_chunk(file) or _run_chunk(denoiser, seed, images, mine, file))
+        if progress is not None:
+            progress(done, len(starts))
+    return Trajectories(
+        torch.cat([chunk[0] for chunk in chunks], 1),
+        torch.cat([chunk[1] for chunk in chunks], 1),
+        conditioning,
+    )
+
+
+def _chunk_key(denoiser: Denoiser, seed: int, images: range, conditioning: Tensor | None) -> str:
+    found = hashlib.sha256(denoiser.info.fingerprint.encode())
+    found.update(digest(denoiser.program).encode())
+    found.update(digest(denoiser.guidance).encode())
+    found.update(f"{seed} {images.start} {images.stop}".encode())
+    if conditioning is not None:
+        found.update(conditioning.numpy().tobytes())
+    if denoiser.null_embedding is not None:
+        found.update(denoiser.null_embedding.numpy().tobytes())
+    return f"trajectories-{found.hexdigest()[:24]}"
+
+
+def _load_chunk(file: Path | None) -> tuple[Tensor, Tensor] | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        tensors = load_file(file)
+        return tensors["inputs"], tensors["outputs"]
+    except (SafetensorError, KeyError):
+        # A damaged chunk is worth no more than a missing one: it is sampled again.
+        return None
+
+
+def _run_chunk(
+    denoiser: Denoiser, seed: int, images: range, conditioning: Tensor | None, file: Path | None
+) -> tuple[Tensor, Tensor]:
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def predict(x: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+        sample = torch.from_numpy(x)
+        f = denoiser.predict(sample, step, conditioning)
+        if not bool(torch.isfinite(f).all()):
+            raise NumericalError(
+                "EQ-5201",
+                f"the float model returned NaN or Inf at step {step}",
+                path=denoiser.info.name,
+                hint="check the weights and the scheduler with diffusers before quantizing",
+            )
+        inputs.append(sample.clone())
+        outputs.append(f)
+        return f.numpy()
+
+    shape = denoiser.info.sample_shape
+    solver.run(
+        solver.Table.from_json(denoiser.program.model_dump(mode="json")),
+        predict,
+        philox.batch_normal(seed, 0, images, shape),
+        lambda step: philox.batch_normal(seed, 1 + step, images, shape),
+    )
+    found = torch.stack(inputs), torch.stack(outputs)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"inputs": found[0], "outputs": found[1]}, file)
+    return found

@@ -1,0 +1,1 @@
+"""From a quantized model to a package: written whole or not at all, and checkable afterwards."""

@@ -1,0 +1,92 @@
+"""What a target must be able to do, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgeqdm.ir.model import LayerKind, ModelInfo
+from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.precision import Precision
+
+Array = NDArray[np.float32]
+Evaluate = Callable[[Array, int, NDArray[Any] | None], Array]
+"""(scaled sample [B, C, H, W], step, conditioning [B, ...]) -> network output [B, C, H, W]."""
+Menu = Mapping[LayerKind, tuple[Precision, ...]]
+"""Precisions each kind of layer may take on a target."""
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A network to lower, with an example of every graph input.
+
+    Attributes:
+        network: called with the inputs in order; returns f [B, C, H, W].
+        inputs: `sample` [2, C, H, W], `step` int64 scalar and, where the model takes it,
+            `label` [2] or `embedding` [2, ...].
+    """
+
+    network: nn.Module
+    inputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class File:
+    """Content of one file of a package."""
+
+    data: bytes
+    role: str
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One thing in a plan the target cannot do."""
+
+    layer: str
+    reason: str
+    instead: str
+
+
+@dataclass(frozen=True)
+class KernelCount:
+    """Matrix and convolution kernels that really execute.
+
+    Attributes:
+        integer: kernels on integers that hold a planned layer.
+        floating: convolution and matrix kernels in float, attention products included.
+        by_name: number of nodes of every such operator.
+    """
+
+    integer: int
+    floating: int
+    by_name: Mapping[str, int]
+
+
+class Backend(Protocol):
+    """One target. Backends never inherit from each other and see no other floor but `emit`."""
+
+    name: str
+
+    def menu(self) -> Menu:
+        """Precisions every kind of layer may take."""
+
+    def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
+        """Everything in the plan the target cannot do; empty if it can be emitted."""
+
+    def emit(self, model: Exportable) -> Mapping[str, File]:
+        """Target-specific files of the package by relative path: the graph and its runtime."""
+
+    def count_kernels(self, package: Path) -> KernelCount:
+        """Count the kernels the runtime on this host will execute for the package's graph."""
+
+    def open(self, package: Path, *, threads: int = 1) -> Evaluate:
+        """The package's network on this host."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the vendor libraries the package was made with."""

@@ -1,0 +1,154 @@
+"""A quantized denoiser in, one deployable package out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.numpy import save
+
+from edgeqdm import __version__
+from edgeqdm.correct.apply import require_key
+from edgeqdm.emit.backend import Backend, Exportable, File
+from edgeqdm.emit.golden import Golden, make_golden
+from edgeqdm.emit.render import python_runtime
+from edgeqdm.emit.writer import staged_package
+from edgeqdm.errors import UnsupportedError
+from edgeqdm.ir.codec import digest, dump_record
+from edgeqdm.ir.package import Manifest, ScheduleFile
+from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey
+from edgeqdm.quantize.quantizer import QuantizedDenoiser, precision_digest
+
+LIBRARIES = ("diffusers", "numpy", "torch")
+
+
+def correction_key(quantized: QuantizedDenoiser) -> CorrectionKey:
+    """What a correction measured on this quantized denoiser is valid for."""
+    denoiser = quantized.denoiser
+    return CorrectionKey(
+        model=denoiser.info.fingerprint,
+        sampler=digest(denoiser.program),
+        guidance=denoiser.guidance.scale,
+        precision=precision_digest(quantized),
+    )
+
+
+def exportable(quantized: QuantizedDenoiser) -> Exportable:
+    """The quantized network with an example of every graph input."""
+    info = quantized.info
+    inputs = {"sample": torch.zeros(2, *info.sample_shape), "step": torch.tensor(0)}
+    if info.conditioning.kind == "label":
+        inputs["label"] = torch.zeros(2, dtype=torch.int64)
+    elif info.conditioning.kind == "embedding":
+        inputs["embedding"] = torch.zeros(2, *info.conditioning.shape)
+    return Exportable(quantized.network, inputs)
+
+
+def emit_package(
+    quantized: QuantizedDenoiser,
+    backend: Backend,
+    out: Path,
+    *,
+    correction: CorrectedSchedule | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Lower, render and write a package; it appears at `out` whole or not at all.
+
+    Args:
+        quantized: the integer denoiser.
+        backend: the target.
+        out: folder to create.
+        correction: of the sampler, measured on this very denoiser.
+        force: replace a package that is there already.
+
+    Raises:
+        UnsupportedError: the target cannot do what the plan asks; lists layer and reason.
+        InputError: the correction was measured on something else.
+        OutputError: the package cannot be written.
+    """
+    refused = backend.check(quantized.plan, quantized.info)
+    if refused:
+        listed = "; ".join(f"{u.layer}: {u.reason}, use {u.instead}" for u in refused[:10])
+        raise UnsupportedError("EQ-4301", f"{len(refused)} problems: {listed}", path=backend.name)
+    if correction is not None:
+        require_key(correction, correction_key(quantized))
+    golden = make_golden(quantized, correction)
+    contents = _contents(quantized, backend, correction, golden)
+    with staged_package(
+        out, force=force, need_bytes=sum(len(file.data) for file in contents.values())
+    ) as staging:
+        for path, file in contents.items():
+            staging.write(path, file.data, file.role)
+        manifest = Manifest(
+            edgeqdm_version=__version__,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            target=backend.name,
+            model=quantized.info,
+            guidance=quantized.denoiser.guidance.scale,
+            n_steps=quantized.denoiser.program.n_steps,
+            program_sha256=digest(quantized.denoiser.program),
+            plan_sha256=hashlib.sha256(contents["plan.json"].data).hexdigest(),
+            integer_layers=len(quantized.plan.phases[0].quantized()),
+            library_versions={**{k: version(k) for k in LIBRARIES}, **backend.versions()},
+            files=dict(staging.files),
+        )
+        staging.seal(dump_record(manifest))
+    return manifest
+
+
+def _contents(
+    quantized: QuantizedDenoiser,
+    backend: Backend,
+    correction: CorrectedSchedule | None,
+    golden: Golden,
+) -> Mapping[str, File]:
+    denoiser, info = quantized.denoiser, quantized.info
+    schedule = ScheduleFile(
+        program=denoiser.program,
+        correction=correction,
+        guidance=denoiser.guidance.scale,
+        conditioning=info.conditioning,
+        decoder=info.decoder,
+        sample_shape=info.sample_shape,
+        label_names=info.label_names,
+        golden_noise_rms=golden.noise_rms,
+    )
+    contents = {
+        "plan.json": File(dump_record(quantized.plan), "plan"),
+        "schedule.json": File(dump_record(schedule), "schedule"),
+        "golden.safetensors": File(save(golden.tensors), "golden"),
+        "MODEL_CARD.md": File(_model_card(quantized, backend, correction).encode(), "card"),
+        **{k: File(source.encode(), "runtime") for k, source in python_runtime().items()},
+        **backend.emit(exportable(quantized)),
+    }
+    if denoiser.null_embedding is not None:
+        null = {"null": denoiser.null_embedding.numpy()}
+        contents["conditioning.safetensors"] = File(save(null), "schedule")
+    return contents
+
+
+def _model_card(
+    quantized: QuantizedDenoiser, backend: Backend, correction: CorrectedSchedule | None
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("edgeqdm.emit"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    return environment.get_template("MODEL_CARD.md.j2").render(
+        info=quantized.info,
+        plan=quantized.plan,
+        program=quantized.denoiser.program,
+        guidance=quantized.denoiser.guidance.scale,
+        correction=correction,
+        target=backend.name,
+        edgeqdm_version=__version__,
+    )

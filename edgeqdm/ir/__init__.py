@@ -1,0 +1,1 @@
+"""Frozen types of everything that is stored or crosses a floor."""

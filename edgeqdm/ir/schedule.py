@@ -1,0 +1,94 @@
+"""The sampler as a table, and its correction for a quantized network.
+
+One step of every linear sampler is
+
+    x_next = sum_k a[i, k] x[i - k] + sum_j b[i, j] f[i - j] + c[i] z[i] + d[i] clip(x0_hat[i])
+
+with `x[i]` the sample before step i, `f[i]` the network output at `input_scale[i] * x[i]` after
+guidance and correction, and z ~ N(0, 1). Steps ascend, step 0 is the noisiest.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from edgeqdm.ir.record import Record
+
+
+class ClipStep(Record):
+    """Clipping of the predicted clean sample, `x0_hat = p[i] x[i] + q[i] f[i]`, to +-limit."""
+
+    limit: float = Field(gt=0)
+    sample_weight: tuple[float, ...]
+    """p, [S]"""
+    output_weight: tuple[float, ...]
+    """q, [S]"""
+    weight: tuple[float, ...]
+    """d, [S]: share of the clipped prediction in the next sample."""
+
+
+class SamplerProgram(Record):
+    """A sampler compiled to numbers; nothing of the schedule is recomputed on a device."""
+
+    sampler: str
+    """Class name of the diffusers scheduler this was compiled from."""
+    settings: dict[str, str | int | float | bool | None]
+    """Everything of the scheduler's configuration that the table depends on, eta included."""
+    prediction_type: str
+    timesteps: tuple[float, ...]
+    """What the network is fed at each step, [S]; descends."""
+    integer_timesteps: bool
+    """Whether the network is fed int64 (True) or float32 timesteps."""
+    initial_sigma: float = Field(gt=0)
+    """Standard deviation of the initial sample."""
+    input_scale: tuple[float, ...]
+    """[S]"""
+    sample_weights: tuple[tuple[float, ...], ...]
+    """a, [S, K]; column k weighs x[i - k] and is 0 where i < k."""
+    output_weights: tuple[tuple[float, ...], ...]
+    """b, [S, H]; column j weighs f[i - j] and is 0 where i < j."""
+    noise_std: tuple[float, ...]
+    """c, [S]; 0 where a step adds no noise."""
+    clip: ClipStep | None = None
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.timesteps)
+
+    @model_validator(mode="after")
+    def _tables_have_one_row_per_step(self) -> SamplerProgram:
+        columns = [self.input_scale, self.sample_weights, self.output_weights, self.noise_std]
+        if self.clip is not None:
+            columns += [self.clip.sample_weight, self.clip.output_weight, self.clip.weight]
+        if not self.timesteps or any(len(column) != len(self.timesteps) for column in columns):
+            raise ValueError(f"every table must have one row per timestep ({len(self.timesteps)})")
+        for table in (self.sample_weights, self.output_weights):
+            if not table[0] or len({len(row) for row in table}) != 1:
+                raise ValueError("weight tables must be rectangular and not empty")
+        return self
+
+
+class CorrectionKey(Record):
+    """What a correction was measured on. It is refused for anything else (PTQD, section 4)."""
+
+    model: str
+    """Fingerprint of the float model."""
+    sampler: str
+    """SHA-256 of the SamplerProgram."""
+    guidance: float
+    precision: str
+    """SHA-256 of the precision of every layer at every step, and of the scale tables."""
+
+
+class CorrectedSchedule(Record):
+    """Per step: `f <- gain[i] (f - bias[i, c])`, then `noise_std[i]` instead of c[i]."""
+
+    key: CorrectionKey
+    gain: tuple[float, ...]
+    """1 / (1 + k), [S]; k is the part of the error that is correlated with the output."""
+    bias: tuple[tuple[float, ...], ...]
+    """[S, C], subtracted before the gain."""
+    noise_std: tuple[tuple[float, ...], ...]
+    """[S, C]; never larger than the sampler's own."""
+    clamped: tuple[bool, ...]
+    """[S]; True where quantization noise exceeds the step's noise and only part is absorbed."""

@@ -1,0 +1,155 @@
+"""Searches for the scale that loses least, on samples of a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeqdm.numerics.affine import (
+    ACTIVATION_MAX,
+    MIN_SCALE,
+    WEIGHT_MAX,
+    dequantize_activation,
+    quantize_activation,
+)
+
+LOSS_POWER = 2.4
+SMALLEST_SHRINK = 0.3
+FINE_SHRINKS, COARSE_SHRINKS = 36, 12
+COARSE_SAMPLES = 512
+"""The zero_point is chosen on fewer samples and shrinks than the scales that go with it."""
+
+
+@dataclass(frozen=True)
+class StepRanges:
+    """What was seen of one tensor at every step.
+
+    Attributes:
+        samples: float32 [S, R], values drawn evenly from the tensor.
+        low: float32 [S], smallest value seen.
+        high: float32 [S], largest value seen.
+    """
+
+    samples: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class ActivationScales:
+    """Scales of one activation: a table over the steps and one zero_point for all of them.
+
+    Attributes:
+        scale: float32 [S].
+        zero_point: 0..255. Constant, because a run-time zero_point costs the fast kernels.
+    """
+
+    scale: Tensor
+    zero_point: int
+
+
+def _full_scale(low: Tensor, high: Tensor, zero_point: int) -> Tensor:
+    # 0 is always representable; a side with no codes cannot be covered and is clipped.
+    below, above = zero_point, ACTIVATION_MAX - zero_point
+    needed = torch.zeros_like(low)
+    if below:
+        needed = torch.maximum(needed, -low.clamp(max=0) / below)
+    if above:
+        needed = torch.maximum(needed, high.clamp(min=0) / above)
+    return torch.where(needed > 0, needed.clamp(min=MIN_SCALE), torch.ones_like(needed))
+
+
+def _loss(samples: Tensor, scale: Tensor, zero_point: int, power: float) -> Tensor:
+    codes = quantize_activation(samples, scale, zero_point)
+    return (dequantize_activation(codes, scale, zero_point) - samples).abs().pow(power).mean(-1)
+
+
+def search_with_zero_point(
+    ranges: StepRanges,
+    zero_point: int,
+    *,
+    power: float = LOSS_POWER,
+    n_shrinks: int = FINE_SHRINKS,
+) -> tuple[Tensor, Tensor]:
+    """Best scale of every step for a given zero_point.
+
+    Args:
+        ranges: samples and extremes, [S, R] and [S].
+        zero_point: code of 0.
+        power: p of the L_p loss; 2.4 is the choice of BRECQ and PTQD.
+        n_shrinks: candidates between the full range and `SMALLEST_SHRINK` of it.
+
+    Returns:
+        `(scale, loss)`, float32 [S] each; the loss is `mean |x - x_q|^p`.
+    """
+    full = _full_scale(ranges.low, ranges.high, zero_point)
+    best_scale = full
+    best_loss = torch.full_like(full, torch.inf)
+    for shrink in torch.linspace(1.0, SMALLEST_SHRINK, n_shrinks):
+        scale = (full * shrink).clamp(min=MIN_SCALE)
+        loss = _loss(ranges.samples, scale[:, None], zero_point, power)
+        better = loss < best_loss
+        best_scale = torch.where(better, scale, best_scale)
+        best_loss = torch.where(better, loss, best_loss)
+    return best_scale, best_loss
+
+
+def candidate_zero_points(ranges: StepRanges) -> tuple[int, ...]:
+    """Zero points worth trying: those of the min-max ranges, the symmetric and the one-sided."""
+    low, high = ranges.low.clamp(max=0), ranges.high.clamp(min=0)
+    span = (high - low).clamp(min=MIN_SCALE)
+    per_step = torch.round(-low / span * ACTIVATION_MAX)
+    quantiles = torch.quantile(per_step, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    found = {round(float(q)) for q in quantiles} | {128}
+    if bool((ranges.low >= 0).all()):
+        found.add(0)
+    return tuple(sorted(min(max(z, 0), ACTIVATION_MAX) for z in found))
+
+
+def search_activation(ranges: StepRanges, *, power: float = LOSS_POWER) -> ActivationScales:
+    """Scales per step and the zero_point that is best over all steps together.
+
+    The loss of a step is taken relative to the step's own energy, so that noisy steps with large
+    values do not decide alone. One-sided tensors end up with a zero_point near 0 and lose no code.
+
+    Source: L2.4 search of PTQD section 3 (after BRECQ); per-step scales after TDQ, section 3.
+    """
+    coarse = StepRanges(ranges.samples[:, :COARSE_SAMPLES], ranges.low, ranges.high)
+    energy = coarse.samples.abs().pow(power).mean(-1)
+    energy = energy.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def relative_loss(zero_point: int) -> float:
+        _, loss = search_with_zero_point(
+            coarse, zero_point, power=power, n_shrinks=COARSE_SHRINKS
+        )
+        return float((loss / energy).sum())
+
+    zero_point = min(candidate_zero_points(ranges), key=relative_loss)
+    scale, _ = search_with_zero_point(ranges, zero_point, power=power)
+    return ActivationScales(scale, zero_point)
+
+
+def search_weight(weight: Tensor) -> Tensor:
+    """Scale per output channel that minimises the squared rounding error.
+
+    Args:
+        weight: float32 [C_out, ...].
+
+    Returns:
+        float32 [C_out]; 1 for a channel of zeros.
+    """
+    rows = weight.reshape(weight.shape[0], -1)
+    peak = rows.abs().amax(1)
+    full = torch.where(peak > 0, (peak / WEIGHT_MAX).clamp(min=MIN_SCALE), torch.ones_like(peak))
+    best_scale = full
+    best_loss = torch.full_like(full, torch.inf)
+    for shrink in torch.linspace(1.0, 0.7, 31):
+        scale = (full * shrink).clamp(min=MIN_SCALE)
+        codes = torch.clamp(torch.round(rows / scale[:, None]), -WEIGHT_MAX, WEIGHT_MAX)
+        loss = (codes * scale[:, None] - rows).pow(2).mean(1)
+        better = loss < best_loss
+        best_scale = torch.where(better, scale, best_scale)
+        best_loss = torch.where(better, loss, best_loss)
+    return best_scale

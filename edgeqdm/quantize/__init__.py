@@ -1,0 +1,1 @@
+"""Quantized layers: the custom ops, the modules that call them, and how they are made."""

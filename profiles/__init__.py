@@ -1,0 +1,1 @@
+"""Latency profiles of devices: data files only, one folder per device, runtime and mode."""
