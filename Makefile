@@ -1,5 +1,4 @@
 # PYTHON makes the environment, WORKERS is the number of test processes.
-# On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves the CUDA libraries.
 PYTHON ?= python3
 WORKERS ?= 2
 

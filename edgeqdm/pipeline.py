@@ -29,11 +29,11 @@ from edgeqdm.bench.compare import (
     Variant,
     compare,
     draw,
-    enlarge,
     float_predictor,
     folder_bytes,
     uncorrected,
 )
+from edgeqdm.bench.picture import side_by_side
 from edgeqdm.calibrate.observe import (
     LayerObservation,
     load_observations,
@@ -70,7 +70,6 @@ DEFAULT_TARGET = "onnxruntime"
 DEFAULT_SAMPLES = 64
 DEMO_MODEL = "reference:unet-fmnist"
 DEMO_SEED = 7
-DEMO_ZOOM = 3
 
 
 @dataclass(frozen=True)
@@ -444,8 +443,12 @@ def _draw_side_by_side(denoiser: Denoiser, package: Path, picture: Path) -> None
         arguments = ["--seed", str(DEMO_SEED), "--out", str(Path(scratch) / "sheet.png")]
         run_package(package, [*arguments, "--latents", str(latents)])
         below = np.load(latents, allow_pickle=False)
-    pixels = playback.decode(player, np.concatenate([above, below]))
-    image = playback.png(playback.sheet(enlarge(pixels, DEMO_ZOOM), n_labels))
+    names = denoiser.info.label_names or tuple(str(label) for label in labels)
+    image = side_by_side(
+        {"float": playback.decode(player, above), "package": playback.decode(player, below)},
+        names,
+        f"{denoiser.info.name}, {denoiser.program.n_steps} steps, equal noise",
+    )
     write_file_atomically(picture, image)
 
 

@@ -115,7 +115,7 @@ def _session(package: Path, options: Any) -> Any:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     # ONNX Runtime raises its own classes, RuntimeError and UnicodeDecodeError for bad graphs.
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise VerifyError(
             "EQ-8301", f"ONNX Runtime refuses the graph: {reason}", path=path
         ) from error

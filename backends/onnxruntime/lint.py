@@ -57,7 +57,7 @@ def _scale(name: str, tensors: Tensors, producers: Producers) -> str | None:
 
 
 def _quantize(node: onnx.NodeProto, tensors: Tensors, producers: Producers) -> str | None:
-    zero_point = tensors.get(node.input[2])
+    zero_point = tensors.get(node.input[2]) if len(node.input) > 2 else None
     if zero_point is None or zero_point.dtype != np.uint8:
         return "zero_point is not a uint8 constant: leaves the fast kernels"
     return _scale(node.input[1], tensors, producers)
@@ -74,6 +74,15 @@ def _qlinear_conv(node: onnx.NodeProto, tensors: Tensors, producers: Producers) 
     return _scale(node.input[1], tensors, producers) or _scale(node.input[6], tensors, producers)
 
 
+def _matmul_integer(node: onnx.NodeProto, tensors: Tensors, producers: Producers) -> str | None:
+    weight = tensors.get(node.input[1])
+    if weight is None or weight.dtype != np.int8:
+        return "weight is not an int8 constant"
+    if len(node.input) > 3 and node.input[3]:
+        return "weight has a zero_point: leaves the fast kernels"
+    return None
+
+
 def _refused(node: onnx.NodeProto, tensors: Tensors, producers: Producers) -> str | None:
     return f"{node.op_type} has no fast kernel on this target"
 
@@ -81,6 +90,7 @@ def _refused(node: onnx.NodeProto, tensors: Tensors, producers: Producers) -> st
 RULES: dict[str, tuple[Rule, ...]] = {
     "QuantizeLinear": (_quantize,),
     "QLinearConv": (_qlinear_conv,),
+    "MatMulInteger": (_matmul_integer,),
     "ConvInteger": (_refused,),
     "MatMulNBits": (_refused,),
     "QLinearMatMul": (_refused,),

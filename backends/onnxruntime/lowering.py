@@ -19,6 +19,8 @@ from onnx import numpy_helper
 from onnx_ir.passes import common as ir_passes
 from onnxscript import opset21 as op
 
+from edgeqdm.emit.export import QCONV2D, QLINEAR
+
 IR_VERSION = 10
 
 
@@ -68,7 +70,7 @@ def qconv2d_to_onnx(
     dilation: Sequence[int],
     groups: int,
 ) -> Any:
-    """`edgeqdm::qconv2d`; a bias inside QLinearConv leaves the fast kernel, so it is added after."""
+    """`edgeqdm::qconv2d`; a bias in QLinearConv leaves the fast kernel, so it is added after."""
     scale, out_scale = _at_step(act_scale_table, step), _at_step(out_scale_table, step)
     code_of_zero, out_code_of_zero = _zero_point(zero_point), _zero_point(out_zero_point)
     channels = weight_q.shape[0]
@@ -117,8 +119,8 @@ def group_norm_to_onnx(
 
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.group_norm.default: group_norm_to_onnx,
-    torch.ops.edgeqdm.qlinear.default: qlinear_to_onnx,
-    torch.ops.edgeqdm.qconv2d.default: qconv2d_to_onnx,
+    QLINEAR: qlinear_to_onnx,
+    QCONV2D: qconv2d_to_onnx,
 }
 
 

@@ -106,11 +106,6 @@ def draw(
     return np.concatenate(found)
 
 
-def enlarge(pixels: NDArray[np.uint8], zoom: int) -> NDArray[np.uint8]:
-    """Pixels [B, H, W, channels] with every pixel repeated `zoom` times each way."""
-    return pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
-
-
 def conditioning_for(denoiser: Denoiser, n_images: int, seed: int) -> NDArray[Any] | None:
     """Balanced conditioning for n images."""
     drawn = denoiser.draw_conditioning(n_images, torch.Generator().manual_seed(seed))

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgeqdm.calibrate.trajectories import CHUNK, Progress, Trajectories
+from edgeqdm.calibrate.trajectories import (
+    CHUNK,
+    Progress,
+    Trajectories,
+    load_tensors,
+    save_tensors,
+)
 from edgeqdm.errors import NumericalError
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer
@@ -61,13 +65,18 @@ class _Reservoir:
 def _hooks(
     module: nn.Module, names: tuple[str, ...], seen: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen(name, inputs[0], _without_bias(layer, output))
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(
+            layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> None:
+            seen(name, inputs[0] if inputs else named["input"], _without_bias(layer, output))
 
         return hook
 
-    handles = [get_layer(module, name).register_forward_hook(hook_for(name)) for name in names]
+    handles = [
+        get_layer(module, name).register_forward_hook(hook_for(name), with_kwargs=True)
+        for name in names
+    ]
     try:
         yield
     finally:
@@ -140,27 +149,17 @@ def save_observations(observations: dict[str, LayerObservation], file: Path) -> 
         for side in ("input", "output")
         for field in ("samples", "low", "high")
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file)
+    save_tensors(tensors, file)
 
 
 def load_observations(file: Path) -> dict[str, LayerObservation] | None:
     """Read what `save_observations` wrote; None if it is missing or damaged."""
-    if not file.exists():
+    tensors = load_tensors(file)
+    if tensors is None:
         return None
-    try:
-        tensors = load_file(file)
-        names = dict.fromkeys(key.rsplit("/", 2)[0] for key in tensors)
-        return {
-            name: LayerObservation(
-                **{
-                    side: StepRanges(
-                        *(tensors[f"{name}/{side}/{k}"] for k in ("samples", "low", "high"))
-                    )
-                    for side in ("input", "output")
-                }
-            )
-            for name in names
-        }
-    except (SafetensorError, KeyError):
-        return None
+
+    def ranges(name: str, side: str) -> StepRanges:
+        return StepRanges(*(tensors[f"{name}/{side}/{k}"] for k in ("samples", "low", "high")))
+
+    names = dict.fromkeys(key.rsplit("/", 2)[0] for key in tensors)
+    return {name: LayerObservation(ranges(name, "input"), ranges(name, "output")) for name in names}

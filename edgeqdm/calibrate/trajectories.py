@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeqdm.errors import InputError, NumericalError
@@ -21,6 +22,7 @@ from edgeqdm.numerics import philox, solver
 
 CHUNK = 16
 """Trajectories that run together; fixed, because the result depends on it in the last bits."""
+_CHECKSUM = "sha256"
 Progress = Callable[[int, int], None]
 """Called with (done, total) after every finished unit of work."""
 
@@ -74,13 +76,15 @@ def collect_trajectories(
         progress: called after every chunk.
 
     Raises:
-        InputError: if n_runs < 1.
+        InputError: if n_runs < 1 or the seed is out of range.
         NumericalError: if the model returns NaN or Inf; names the step.
     """
     if n_runs < 1:
         raise InputError(
             "EQ-3201", f"calibration needs at least 1 trajectory, got {n_runs}", path="samples"
         )
+    if not 0 <= seed < 2**64:
+        raise InputError("EQ-3201", f"a seed is 0 or more and below 2^64, got {seed}", path="seed")
     conditioning = denoiser.draw_conditioning(n_runs, torch.Generator().manual_seed(seed))
     starts = range(0, n_runs, CHUNK)
     chunks = []
@@ -111,14 +115,8 @@ def _chunk_key(denoiser: Denoiser, seed: int, images: range, conditioning: Tenso
 
 
 def _load_chunk(file: Path | None) -> tuple[Tensor, Tensor] | None:
-    if file is None or not file.exists():
-        return None
-    try:
-        tensors = load_file(file)
-        return tensors["inputs"], tensors["outputs"]
-    except (SafetensorError, KeyError):
-        # A damaged chunk is worth no more than a missing one: it is sampled again.
-        return None
+    tensors = None if file is None else load_tensors(file)
+    return None if tensors is None else (tensors["inputs"], tensors["outputs"])
 
 
 def _run_chunk(
@@ -150,6 +148,41 @@ def _run_chunk(
     )
     found = torch.stack(inputs), torch.stack(outputs)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"inputs": found[0], "outputs": found[1]}, file)
+        save_tensors({"inputs": found[0], "outputs": found[1]}, file)
     return found
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write finished work to a safetensors file, whole or not at all, with a checksum."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file(tensors, partial, {_CHECKSUM: _checksum(tensors)})
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor] | None:
+    """Read what `save_tensors` wrote; None if it is missing or damaged.
+
+    Damaged work is worth no more than missing work: it is done again.
+    """
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    return tensors if metadata.get(_CHECKSUM) == _checksum(tensors) else None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    # A safetensors header says how long the data is, not what it is.
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()

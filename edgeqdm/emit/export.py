@@ -13,6 +13,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from edgeqdm.quantize.ops import QCONV2D, QLINEAR
+
+__all__ = ["OPSET", "QCONV2D", "QLINEAR", "OpTranslation", "export_onnx"]
+
 OPSET = 21
 OpTranslation = Mapping[Callable[..., Any], Callable[..., Any]]
 

@@ -74,7 +74,7 @@ def emit_package(
     refused = backend.check(quantized.plan, quantized.info)
     if refused:
         listed = "; ".join(f"{u.layer}: {u.reason}, use {u.instead}" for u in refused[:10])
-        raise UnsupportedError("EQ-4301", f"{len(refused)} problems: {listed}", path=backend.name)
+        raise UnsupportedError("EQ-4201", f"{len(refused)} problems: {listed}", path=backend.name)
     if correction is not None:
         require_key(correction, correction_key(quantized))
     golden = make_golden(quantized, correction)

@@ -23,9 +23,11 @@ from edgeqdm.numerics import philox, solver
 Array = NDArray[np.float32]
 Evaluate = Callable[[Array, int, NDArray[Any] | None], Array]
 """(scaled sample [B, C, H, W], step, conditioning [B, ...]) -> network output [B, C, H, W]."""
-GOLDEN_SHARE = 0.5
-"""Largest RMS deviation of the self-test, as a share of the quantization noise itself. Two correct
-runtimes differ where an activation lies on a rounding half-tie; that is a part of this noise."""
+GOLDEN_SHARE = 1.5
+"""Largest RMS deviation of the self-test, as a share of the quantization noise itself. Two runtimes
+whose every layer agrees bit for bit still differ where float arithmetic between the layers puts an
+activation on the other side of a rounding half-tie; each further rounding amplifies that, up to
+sqrt(2) of the noise, when the two roundings share nothing but their size."""
 SAFETENSORS_DTYPES = {"F32": "<f4", "I64": "<i8"}
 
 
@@ -184,8 +186,8 @@ def png(image: NDArray[np.uint8]) -> bytes:
 
 def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     """Tensors of a small safetensors file; raises PlaybackError where it is not one."""
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         header.pop("__metadata__", None)
@@ -197,7 +199,7 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
             )
             found[name] = values.reshape(entry["shape"])
         return found
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlaybackError(f"{path.name} is not a readable safetensors file: {error}") from error
 
 
@@ -215,4 +217,5 @@ def self_test(player: Player, evaluate: Evaluate, golden: Mapping[str, NDArray[A
         error = np.sqrt(np.mean(np.square(f.astype(np.float64) - golden["outputs"][step])))
         floor = 1e-6 * float(np.sqrt(np.mean(np.square(golden["outputs"][step]))))
         deviations.append(float(error / max(player.golden_noise_rms[step], floor, 1e-30)))
-    return SelfTest(tuple(deviations), max(deviations) <= GOLDEN_SHARE)
+    # Not the maximum: that of a list with a NaN depends on where the NaN stands.
+    return SelfTest(tuple(deviations), all(d <= GOLDEN_SHARE for d in deviations))

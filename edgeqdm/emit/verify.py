@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend, KernelCount
 from edgeqdm.emit.integrity import check_files
-from edgeqdm.errors import VerifyError
-from edgeqdm.ir.codec import read_record
+from edgeqdm.errors import EdgeqdmError, VerifyError
+from edgeqdm.ir.codec import describe, digest, read_record, sha256_file
 from edgeqdm.ir.package import Manifest, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
 
@@ -43,14 +44,9 @@ def verify_package(package: Path, backend: Backend) -> Verification:
             "EQ-8201", f"package is for {manifest.target}, not {backend.name}", path=package
         )
     plan = read_record(package / "plan.json", DeploymentPlan, error=VerifyError)
-    read_record(package / "schedule.json", ScheduleFile, error=VerifyError)
+    schedule = read_record(package / "schedule.json", ScheduleFile, error=VerifyError)
+    _check_agreement(package, manifest, plan, schedule)
     planned = len(plan.phases[0].quantized())
-    if planned != manifest.integer_layers:
-        raise VerifyError(
-            "EQ-8202",
-            f"the plan has {planned} integer layers, the manifest {manifest.integer_layers}",
-            path=package / "plan.json",
-        )
     kernels = backend.count_kernels(package)
     if kernels.integer < planned:
         raise VerifyError(
@@ -59,11 +55,9 @@ def verify_package(package: Path, backend: Backend) -> Verification:
             path=package,
             hint="another runtime version optimises the graph differently; emit again for it",
         )
-    player = playback.open_player(package)
-    golden = playback.read_safetensors(package / "golden.safetensors")
-    result = playback.self_test(player, backend.open(package), golden)
+    result = _replay(package, backend)
     if not result.passed:
-        worst = max(range(len(result.deviation)), key=result.deviation.__getitem__)
+        worst = max(range(len(result.deviation)), key=lambda i: _badness(result.deviation[i]))
         raise VerifyError(
             "EQ-8204",
             f"golden run not met: step {worst} deviates by {result.deviation[worst]:.2f} of the "
@@ -72,3 +66,55 @@ def verify_package(package: Path, backend: Backend) -> Verification:
             hint="this runtime computes something else; compare its version with the manifest",
         )
     return Verification(manifest, kernels, planned, result.deviation)
+
+
+def _check_agreement(
+    package: Path, manifest: Manifest, plan: DeploymentPlan, schedule: ScheduleFile
+) -> None:
+    """Raise VerifyError unless manifest, plan and schedule tell the same story."""
+    program, info = schedule.program, manifest.model
+    stories: dict[str, tuple[object, object]] = {
+        "integer_layers": (manifest.integer_layers, len(plan.phases[0].quantized())),
+        "plan_sha256": (manifest.plan_sha256, sha256_file(package / "plan.json")),
+        "program_sha256": (manifest.program_sha256, digest(program)),
+        "plan.model": (info.fingerprint, plan.model),
+        "plan.target": (manifest.target, plan.target),
+        "plan.n_steps": (manifest.n_steps, plan.n_steps),
+        "schedule.n_steps": (manifest.n_steps, program.n_steps),
+        "schedule.guidance": (manifest.guidance, schedule.guidance),
+        "schedule.conditioning": (info.conditioning, schedule.conditioning),
+        "schedule.decoder": (info.decoder, schedule.decoder),
+        "schedule.sample_shape": (info.sample_shape, schedule.sample_shape),
+        "schedule.label_names": (info.label_names, schedule.label_names),
+        "schedule.golden_noise_rms": (manifest.n_steps, len(schedule.golden_noise_rms)),
+    }
+    wrong = [
+        f"{name} is {describe(other)}, the manifest says {describe(own)}"
+        for name, (own, other) in stories.items()
+        if own != other
+    ]
+    if wrong:
+        hint = "the package was changed by hand: emit it again"
+        raise VerifyError("EQ-8202", "; ".join(wrong), path=package, hint=hint)
+
+
+def _replay(package: Path, backend: Backend) -> playback.SelfTest:
+    evaluate = backend.open(package)
+    try:
+        player = playback.open_player(package)
+        golden = playback.read_safetensors(package / "golden.safetensors")
+        return playback.self_test(player, evaluate, golden)
+    except EdgeqdmError:
+        raise
+    # A runtime raises its own classes for tensors that do not fit its graph.
+    except Exception as error:
+        raise VerifyError(
+            "EQ-8205",
+            f"the golden run cannot be replayed: {type(error).__name__}: {error}",
+            path=package / "golden.safetensors",
+            hint="the package was changed by hand: emit it again",
+        ) from error
+
+
+def _badness(deviation: float) -> float:
+    return math.inf if math.isnan(deviation) else deviation

@@ -41,11 +41,11 @@ class QuantizedLinear(nn.Module):
         self.zero_point = activation.zero_point
         self._clock = clock
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return cast(
             Tensor,
             qlinear(
-                x,
+                input,
                 self.weight_q,
                 self.weight_scale,
                 self.bias,
@@ -86,11 +86,11 @@ class QuantizedConv2d(nn.Module):
         self.groups = geometry[3]
         self._clock = clock
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return cast(
             Tensor,
             qconv2d(
-                x,
+                input,
                 self.weight_q,
                 self.weight_scale,
                 self.bias,

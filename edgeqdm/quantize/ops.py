@@ -11,7 +11,8 @@ else in float64. Scales are multiplied in float32, in the order the integer kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,3 +134,8 @@ def _(
         return int((x.shape[2 + axis] + 2 * padding[axis] - kernel) // stride[axis] + 1)
 
     return x.new_empty((x.shape[0], weight_q.shape[0], extent(0), extent(1)))
+
+
+QLINEAR: Callable[..., Any] = torch.ops.edgeqdm.qlinear.default
+QCONV2D: Callable[..., Any] = torch.ops.edgeqdm.qconv2d.default
+"""The registered overloads, as an exported graph calls them."""

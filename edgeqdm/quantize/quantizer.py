@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeqdm.calibrate.observe import LayerObservation
-from edgeqdm.errors import InputError, NumericalError
+from edgeqdm.errors import InputError, NumericalError, UnsupportedError
 from edgeqdm.ir.codec import digest
 from edgeqdm.ir.model import LayerInfo, ModelInfo
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
@@ -23,8 +23,8 @@ from edgeqdm.numerics.ranges import ActivationScales, search_activation, search_
 from edgeqdm.quantize.modules import (
     QuantizedConv2d,
     QuantizedLinear,
-    SteppedNetwork,
     StepClock,
+    SteppedNetwork,
 )
 
 INT32_LIMIT = 2**31
@@ -94,9 +94,7 @@ def float_plan(info: ModelInfo, target: str, n_steps: int) -> DeploymentPlan:
         for x in info.layers
     )
     phase = Phase(start=0, stop=n_steps, layers=layers)
-    return DeploymentPlan(
-        target=target, model=info.fingerprint, n_steps=n_steps, phases=(phase,)
-    )
+    return DeploymentPlan(target=target, model=info.fingerprint, n_steps=n_steps, phases=(phase,))
 
 
 def _default_assignment(layer: LayerInfo) -> LayerAssignment:
@@ -116,22 +114,22 @@ def quantize(
     are searched per step, with one zero_point per layer.
 
     Raises:
-        InputError: if the plan is for another model or a planned layer was not observed.
+        InputError: if the plan is for another model or sampler, or a planned layer was not observed
+            at every step.
+        UnsupportedError: if the plan has more than one phase.
         NumericalError: if an int32 accumulator could overflow; names the layer.
     """
-    if plan.model != denoiser.info.fingerprint:
-        raise InputError(
-            "EQ-3202",
-            f"the plan is for model {plan.model[:12]}, this is {denoiser.info.fingerprint[:12]}",
-            path="plan.model",
-            hint="make a plan for this model",
-        )
+    _check_plan(denoiser, plan)
     clock = StepClock()
     module = copy.deepcopy(denoiser.module)
     quantized = plan.phases[0].quantized()
     for name in quantized:
         if name not in observations:
             raise InputError("EQ-3203", "planned layer was not observed", path=name)
+        n_observed = len(observations[name].input.low)
+        if n_observed != plan.n_steps:
+            message = f"observed at {n_observed} steps, the plan has {plan.n_steps}"
+            raise InputError("EQ-3203", message, path=name, hint="calibrate with this sampler")
         layer = get_layer(module, name)
         set_layer(module, name, _integer_layer(name, layer, observations[name], clock))
     program = denoiser.program
@@ -139,6 +137,30 @@ def quantize(
     timesteps = timesteps.to(torch.int64 if program.integer_timesteps else torch.float32)
     network = SteppedNetwork(module, timesteps, clock).eval()
     return QuantizedDenoiser(denoiser, plan, network, _tables_sha256(module))
+
+
+def _check_plan(denoiser: Denoiser, plan: DeploymentPlan) -> None:
+    if plan.model != denoiser.info.fingerprint:
+        raise InputError(
+            "EQ-3202",
+            f"the plan is for model {plan.model[:12]}, this is {denoiser.info.fingerprint[:12]}",
+            path="plan.model",
+            hint="make a plan for this model",
+        )
+    if plan.n_steps != denoiser.program.n_steps:
+        raise InputError(
+            "EQ-3206",
+            f"the plan is for {plan.n_steps} steps, the sampler has {denoiser.program.n_steps}",
+            path="plan.n_steps",
+            hint="make a plan for this sampler",
+        )
+    if len(plan.phases) > 1:
+        raise UnsupportedError(
+            "EQ-4202",
+            f"{len(plan.phases)} phases; a network is quantized for one",
+            path="plan.phases",
+            hint="use one phase for all steps",
+        )
 
 
 def _integer_layer(

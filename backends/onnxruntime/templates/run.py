@@ -1,7 +1,7 @@
 """Sample from this package. Needs Python >= 3.11, numpy and onnxruntime; nothing else.
 
-    python runtime/python/run.py --seed 0 --label 3 --out sheet.png
-    python runtime/python/run.py --self-test
+python runtime/python/run.py --seed 0 --label 3 --out sheet.png
+python runtime/python/run.py --self-test
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 EXIT_INPUT, EXIT_OUTPUT, EXIT_VERIFY = 3, 7, 8
 
 
-class Failure(Exception):
+class RunError(Exception):
     """An error with the exit code it ends the program with."""
 
     def __init__(self, exit_code: int, message: str) -> None:
@@ -40,12 +40,12 @@ class Failure(Exception):
 
 
 def check_hashes(package: Path) -> None:
-    """Raise Failure unless every file the manifest lists is there and unchanged."""
+    """Raise RunError unless every file the manifest lists is there and unchanged."""
     try:
         files = json.loads((package / "manifest.json").read_text("utf-8"))["files"]
         listed = {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Failure(EXIT_VERIFY, f"manifest.json cannot be read: {error!r}") from error
+        raise RunError(EXIT_VERIFY, f"manifest.json cannot be read: {error!r}") from error
     bad = []
     for name, (sha256, size) in sorted(listed.items()):
         path = package / name
@@ -58,7 +58,7 @@ def check_hashes(package: Path) -> None:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             bad.append(f"{name} (changed)")
     if bad:
-        raise Failure(EXIT_VERIFY, "package is damaged: " + ", ".join(bad))
+        raise RunError(EXIT_VERIFY, "package is damaged: " + ", ".join(bad))
 
 
 def open_network(package: Path, threads: int) -> playback.Evaluate:
@@ -67,9 +67,13 @@ def open_network(package: Path, threads: int) -> playback.Evaluate:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    session = ort.InferenceSession(
-        str(package / "model.onnx"), options, providers=["CPUExecutionProvider"]
-    )
+    path = str(package / "model.onnx")
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # ONNX Runtime raises its own classes, and not one of them for all reasons.
+    except Exception as error:
+        reason = f"onnxruntime {ort.__version__} refuses the graph: {error}"
+        raise RunError(EXIT_VERIFY, reason) from error
     names = [i.name for i in session.get_inputs()]
 
     def evaluate(x: Any, step: int, conditioning: Any) -> Any:
@@ -98,12 +102,20 @@ def parse_labels(player: playback.Player, text: str | None, count: int | None) -
     return np.array(repeated, np.int64)
 
 
+def read_embeddings(path: Path) -> Any:
+    """Embeddings float32 [B, ...] of a .npy file."""
+    found = np.load(path, allow_pickle=False)
+    if not isinstance(found, np.ndarray) or found.ndim == 0:
+        raise playback.PlaybackError(f"{path} does not hold one embedding per image")
+    return found.astype(np.float32)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     try:
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise Failure(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
+        raise RunError(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -111,16 +123,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         Path(partial).unlink(missing_ok=True)
-        raise Failure(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
+        raise RunError(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
 
 
 def report_self_test(player: playback.Player, evaluate: playback.Evaluate) -> None:
-    """Print the deviation per step; raise Failure where the golden run is not met."""
+    """Print the deviation per step; raise RunError where the golden run is not met."""
     golden = playback.read_safetensors(PACKAGE / "golden.safetensors")
     result = playback.self_test(player, evaluate, golden)
     print(json.dumps({"passed": result.passed, "deviation": result.deviation}))
     if not result.passed:
-        raise Failure(EXIT_VERIFY, "self-test failed: outputs differ from the golden run")
+        raise RunError(EXIT_VERIFY, "self-test failed: outputs differ from the golden run")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -142,16 +154,16 @@ def run(arguments: argparse.Namespace) -> None:
     check_hashes(PACKAGE)
     player = playback.open_player(PACKAGE)
     if arguments.threads < 1:
-        raise Failure(EXIT_INPUT, f"--threads must be at least 1, got {arguments.threads}")
+        raise RunError(EXIT_INPUT, f"--threads must be at least 1, got {arguments.threads}")
     if arguments.count is not None and arguments.count < 1:
-        raise Failure(EXIT_INPUT, f"--count must be at least 1, got {arguments.count}")
+        raise RunError(EXIT_INPUT, f"--count must be at least 1, got {arguments.count}")
     if arguments.self_test:
         report_self_test(player, open_network(PACKAGE, arguments.threads))
         return
     if arguments.out is None:
-        raise Failure(2, "nothing to do: give --out FILE.png or --self-test")
+        raise RunError(2, "nothing to do: give --out FILE.png or --self-test")
     if arguments.embedding is not None:
-        conditioning = np.load(arguments.embedding, allow_pickle=False).astype(np.float32)
+        conditioning = read_embeddings(arguments.embedding)
     else:
         conditioning = parse_labels(player, arguments.label, arguments.count)
     n_images = (arguments.count or 1) if conditioning is None else len(conditioning)
@@ -186,9 +198,9 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         run(arguments)
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_code
+    except RunError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
     except (playback.PlaybackError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT

@@ -1,0 +1,385 @@
+"""How the command line speaks: progress, results, and one line for whatever went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgeqdm.errors import EdgeqdmError, OutputError, ResourceError, UnsupportedError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from edgeqdm.emit.verify import Verification
+    from edgeqdm.ir.report import BenchReport, BenchRow
+    from edgeqdm.pipeline import Finding
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
+AGAIN = "run the same command again to go on"
+
+_PIPED_WIDTH = 200
+_ETA_WINDOW_S = 600.0
+_LONGEST_TEXT = 300
+_UNWRITABLE = frozenset(
+    {
+        errno.EACCES,
+        errno.EBADF,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EPIPE,
+        errno.EROFS,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a verb may print, and how.
+
+    Attributes:
+        as_json: the result is one JSON object on stdout.
+        quiet: neither progress nor a result for people.
+        verbose: what libraries print and warn of is shown, on stderr.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Progress]:
+        """Show progress on stderr and keep libraries from printing."""
+        with self._progress() as progress, _hushed(self.verbose):
+            yield progress
+
+    def result(self, value: Mapping[str, Any], *shown: RenderableType) -> None:
+        """Print what a verb has found: `value` as JSON, or `shown` for people."""
+        if self.as_json:
+            write(json.dumps(value, allow_nan=False))
+        elif not self.quiet:
+            write("\n\n".join(_rendered(part) for part in shown))
+
+    def _progress(self) -> contextlib.AbstractContextManager[Progress]:
+        if self.quiet:
+            return contextlib.nullcontext(_no_progress)
+        if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            return _bars()
+        # With --json whoever reads stderr expects nothing or one object.
+        return contextlib.nullcontext(_no_progress if self.as_json else _LinePerStage())
+
+
+@contextlib.contextmanager
+def stage(name: str, progress: Progress) -> Iterator[None]:
+    """A stage of one unit of work."""
+    progress(name, 0, 1)
+    yield
+    progress(name, 1, 1)
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    return
+
+
+class _LinePerStage:
+    """For logs: a stage is named once, when its first unit of work is done.
+
+    So what fails at once, for want of a file, is told in the one line of its error.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if done and stage not in self._seen:
+            self._seen.add(stage)
+            complain(f"{stage}: {done} of {total}")
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    tasks: dict[str, rich_progress.TaskID] = {}
+    with rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("ETA"),
+        rich_progress.TimeRemainingColumn(),
+        console=Console(stderr=True, highlight=False),
+        speed_estimate_period=_ETA_WINDOW_S,
+        redirect_stdout=False,
+    ) as bars:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _hushed(verbose: bool) -> Iterator[None]:
+    """Keep stdout for results; drop what libraries print, warn and log unless `verbose`."""
+    if verbose:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def write(text: str) -> None:
+    """Print to stdout, now; raises OutputError unless it is only that the reader has gone."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            "EQ-7801", f"cannot be written: {error.strerror}", path="standard output"
+        ) from error
+
+
+def complain(line: str) -> None:
+    """Print one line to stderr; where that is closed or full there is nobody to tell."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def _rendered(part: RenderableType) -> str:
+    from rich.console import Console
+
+    # Not printed by rich: it ends the program with exit code 1 where a pipe is broken.
+    width = None if sys.stdout.isatty() else _PIPED_WIDTH
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(part, soft_wrap=isinstance(part, str))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a verb ended that did not succeed; the fields of `EdgeqdmError`, for any exception."""
+
+    code: str
+    message: str
+    path: str | None
+    hint: str | None
+    exit_code: int
+
+
+def guarded(work: Callable[[], None], *, as_json: bool, verbose: bool) -> int:
+    """Run `work`, tell in one line what went wrong and return the exit code it stands for."""
+    try:
+        if sys.stdout is None:
+            raise OutputError("EQ-7802", "is closed", path="standard output")
+        work()
+        sys.stdout.flush()
+    # Whatever a verb raises, Ctrl-C and the SystemExit of SIGTERM included, ends here.
+    except BaseException as error:
+        _settle_stdout()
+        failure = failure_of(error)
+        if not isinstance(error, BrokenPipeError):
+            _report(failure, error, as_json=as_json, verbose=verbose)
+        return failure.exit_code
+    return 0
+
+
+def _report(failure: Failure, error: BaseException, *, as_json: bool, verbose: bool) -> None:
+    trace = "".join(traceback.format_exception(error)) if verbose else ""
+    if as_json:
+        # ASCII only, so that no name out of a file can reach a terminal unescaped.
+        complain(json.dumps({"error": asdict(failure), **({"traceback": trace} if trace else {})}))
+        return
+    if trace:
+        complain(trace.rstrip())
+    if failure.exit_code in (INTERRUPTED, TERMINATED):
+        complain(f"{failure.message}: {failure.hint}")
+    else:
+        complain(
+            str(EdgeqdmError(failure.code, failure.message, path=failure.path, hint=failure.hint))
+        )
+
+
+def _settle_stdout() -> None:
+    """The interpreter flushes stdout once more at its end; let that not fail, in its own words."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What to tell of an exception, and the exit code edgeqdm/errors.py documents for it."""
+    if isinstance(error, KeyboardInterrupt):
+        return Failure("EQ-0130", "interrupted", None, AGAIN, INTERRUPTED)
+    if isinstance(error, SystemExit) and error.code == TERMINATED:
+        return Failure("EQ-0143", "terminated", None, AGAIN, TERMINATED)
+    if hasattr(error, "format_message"):
+        return _usage_failure(error)
+    known = error if isinstance(error, EdgeqdmError) else _translated(error)
+    return Failure(known.code, known.message, known.path, known.hint, known.exit_code)
+
+
+def _usage_failure(error: Any) -> Failure:
+    # The class is click's own or, in a private module, typer's, depending on typer's version.
+    context = getattr(error, "ctx", None)
+    command = "edgeqdm" if context is None else context.command_path
+    message = " ".join(error.format_message().split())
+    return Failure("EQ-2001", message, None, f"try: {command} --help", USAGE)
+
+
+def _translated(error: BaseException) -> EdgeqdmError:
+    text = next(iter(str(error).splitlines()), "")[:_LONGEST_TEXT]
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        hint = "close other programs, or use fewer --samples"
+        return ResourceError("EQ-9801", "out of memory", hint=hint)
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        root = error.name.partition(".")[0]
+        if root != "edgeqdm":
+            hint = f"pip install {root}"
+            return UnsupportedError("EQ-4801", f"{root} is not installed", hint=hint)
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        where = error.filename if isinstance(error.filename, str) else None
+        return OutputError("EQ-7803", f"cannot be written: {error.strerror}", path=where)
+    kind = type(error).__name__
+    message = f"internal error: {kind}: {text}" if text else f"internal error: {kind}"
+    return EdgeqdmError("EQ-0000", message, hint="report it with -v")
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What `doctor` found, one line each."""
+    table = _table("", "", "")
+    for finding in findings:
+        note = finding.found if finding.ok else f"{finding.found} - {finding.hint}".rstrip(" -")
+        table.add_row("ok" if finding.ok else "!!", finding.what, note)
+    return table
+
+
+def verification_table(found: Verification) -> Table:
+    """What `verify` found in a package that passed."""
+    step = worst_step(found)
+    kernels = ", ".join(f"{count} {name}" for name, count in found.kernels.by_name.items())
+    table = _table("", "")
+    table.add_row("target", found.manifest.target)
+    table.add_row("files", f"{len(found.manifest.files)} ok")
+    table.add_row("integer kernels", f"{found.kernels.integer} of {found.planned} ({kernels})")
+    table.add_row(
+        "golden run", f"deviates by {found.deviation[step]:.3f} of the noise at worst, step {step}"
+    )
+    return table
+
+
+def verification_value(found: Verification) -> dict[str, Any]:
+    """The same for a program."""
+    step = worst_step(found)
+    return {
+        "target": found.manifest.target,
+        "files": len(found.manifest.files),
+        "integer_kernels": found.kernels.integer,
+        "planned_layers": found.planned,
+        "float_kernels": found.kernels.floating,
+        "kernels": dict(found.kernels.by_name),
+        "worst_step": step,
+        "worst_deviation": found.deviation[step],
+        "deviation": list(found.deviation),
+    }
+
+
+def worst_step(found: Verification) -> int:
+    """The step at which the golden run deviates most."""
+    return max(range(len(found.deviation)), key=found.deviation.__getitem__)
+
+
+def bench_table(report: BenchReport) -> Table:
+    """One row per variant; a figure that was not measured is a dash."""
+    table = _table(
+        "",
+        "CPU ms/step",
+        "ratio",
+        "image SQNR dB",
+        "MB",
+        "integer kernels",
+        "float kernels",
+        *(["feature-FID"] if report.fid_images else []),
+    )
+    for row in report.rows:
+        table.add_row(*_bench_cells(row)[: len(table.columns)])
+    table.title = (
+        f"{report.model}, {report.sampler}, {report.n_steps} steps, guidance {report.guidance:g}"
+    )
+    table.caption = f"{report.provenance} on {report.host.cpu}, {report.images} images"
+    return table
+
+
+def _bench_cells(row: BenchRow) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.cpu_ms_per_step:.2f}",
+        _figure(row.cpu_ratio, 2),
+        _figure(row.image_sqnr_db, 1),
+        f"{row.bytes_on_disk / 1e6:.2f}",
+        f"{row.integer_kernels} of {row.planned_layers}",
+        str(row.float_kernels),
+        _figure(row.feature_fid, 2),
+    )
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _table(*headers: str) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(
+        box=SIMPLE,
+        show_edge=False,
+        show_header=any(headers),
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+    )
+    for k, header in enumerate(headers):
+        numeric = k > 0 and any(headers)
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    return table

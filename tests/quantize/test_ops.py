@@ -1,0 +1,258 @@
+"""The eager ops are the reference of every backend, so they are held to exact integers here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgeqdm.quantize import ops
+from edgeqdm.quantize.ops import FLOAT32_EXACT, at_step, qconv2d, qlinear
+
+Int64 = NDArray[np.int64]
+STEP = torch.tensor(1)
+ONE = torch.ones(1)
+TABLE = torch.tensor([0.5, 0.0312, 0.007])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution's free choices."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+GEOMETRIES = [
+    Geometry(),
+    Geometry(padding=(1, 1)),
+    Geometry(stride=(2, 2), padding=(1, 1)),
+    Geometry(stride=(1, 2), padding=(0, 2)),
+    Geometry(padding=(2, 2), dilation=(2, 2)),
+    Geometry(stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2),
+    Geometry(padding=(1, 1), groups=4),
+]
+
+
+def codes_of(x: Tensor, scale: float, zero_point: int) -> Int64:
+    """Independent of the product: NumPy, integers, zero_point already subtracted."""
+    quotient = np.rint(x.numpy() / np.float32(scale)).astype(np.int64) + zero_point
+    return np.clip(quotient, 0, 255) - zero_point
+
+
+def random_weight(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def reference_convolution(codes: Int64, weight: Int64, geometry: Geometry) -> Int64:
+    """Sum over the kernel, one tap at a time, in int64."""
+    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.padding, geometry.dilation
+    padded = np.pad(codes, ((0, 0), (0, 0), (ph, ph), (pw, pw)))
+    kh, kw = weight.shape[2:]
+    height = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
+    width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
+    per_group, out_per_group = weight.shape[1], weight.shape[0] // geometry.groups
+    found = np.zeros((codes.shape[0], weight.shape[0], height, width), np.int64)
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * dh, i * dh + (height - 1) * sh + 1, sh)
+            columns = slice(j * dw, j * dw + (width - 1) * sw + 1, sw)
+            tap = padded[:, :, rows, columns]
+            for group in range(geometry.groups):
+                fed = tap[:, group * per_group : (group + 1) * per_group]
+                mine = slice(group * out_per_group, (group + 1) * out_per_group)
+                found[:, mine] += np.einsum("bchw,oc->bohw", fed, weight[mine, :, i, j])
+    return found
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    weight_scale: Tensor,
+    zero_point: int,
+    out_scale: Tensor,
+    out_zero_point: int = 128,
+    bias: Tensor | None = None,
+    table: Tensor = TABLE,
+) -> Tensor:
+    return qconv2d(
+        x,
+        weight,
+        weight_scale,
+        bias,
+        table,
+        zero_point,
+        out_scale,
+        out_zero_point,
+        STEP,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
+
+
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
+@pytest.mark.parametrize("n_inputs", [5, 64, 4096])
+def test_linear_accumulates_exactly(zero_point: int, n_inputs: int) -> None:
+    x, weight = 3 * torch.randn(2, 3, n_inputs), random_weight(6, n_inputs)
+    unit = 1 / float(TABLE[1])
+    # The scales cancel to 1, so the output is the accumulator itself, rounded once to float32.
+    found = qlinear(x, weight, torch.full((6,), unit), None, TABLE, zero_point, STEP)
+    expected = codes_of(x, float(TABLE[1]), zero_point) @ weight.numpy().astype(np.int64).T
+    product = np.float32(TABLE[1].numpy() * np.float32(unit))
+    np.testing.assert_array_equal(found.numpy(), expected.astype(np.float32) * product)
+
+
+@given(
+    zero_point=st.integers(0, 255),
+    n_inputs=st.integers(1, 40),
+    n_outputs=st.integers(1, 9),
+    step=st.integers(0, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_linear_equals_scaled_integers_plus_bias(
+    zero_point: int, n_inputs: int, n_outputs: int, step: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x, weight = 3 * torch.randn(4, n_inputs), random_weight(n_outputs, n_inputs)
+    weight_scale, bias = torch.rand(n_outputs) + 1e-3, torch.randn(n_outputs)
+    found = qlinear(x, weight, weight_scale, bias, TABLE, zero_point, torch.tensor(step))
+    codes = codes_of(x, float(TABLE[step]), zero_point)
+    accumulator = (codes @ weight.numpy().astype(np.int64).T).astype(np.float32)
+    expected = accumulator * (TABLE[step] * weight_scale).numpy() + bias.numpy()
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("zero_point", [0, 3, 128, 255])
+def test_convolution_accumulates_exactly(geometry: Geometry, zero_point: int) -> None:
+    x = 3 * torch.randn(2, 4, 9, 8)
+    weight = random_weight(8, 4 // geometry.groups, 3, 3)
+    accumulator = reference_convolution(
+        codes_of(x, float(TABLE[1]), zero_point), weight.numpy().astype(np.int64), geometry
+    )
+    weight_scale, out_scale = torch.rand(8) * 0.01 + 1e-3, torch.tensor([1.0, 0.3, 1.0])
+    found = convolve(
+        x,
+        weight,
+        geometry,
+        weight_scale=weight_scale,
+        zero_point=zero_point,
+        out_scale=out_scale,
+        out_zero_point=100,
+    )
+    multiplier = (TABLE[1] * weight_scale / out_scale[1]).numpy()[:, None, None]
+    rounded = np.clip(np.rint(accumulator.astype(np.float32) * multiplier), -100, 155)
+    np.testing.assert_array_equal(found.numpy(), rounded * out_scale[1].numpy())
+
+
+def test_convolution_bias_is_added_after_the_output_is_rounded() -> None:
+    x, weight, bias = torch.randn(1, 4, 5, 5), random_weight(3, 4, 1, 1), torch.randn(3)
+    scales = {"weight_scale": torch.full((3,), 0.01), "out_scale": torch.full((3,), 0.25)}
+    plain = convolve(x, weight, Geometry(), zero_point=128, **scales)
+    biased = convolve(x, weight, Geometry(), zero_point=128, bias=bias, **scales)
+    assert torch.equal(biased, plain + bias[:, None, None])
+    assert bool((plain / 0.25 == (plain / 0.25).round()).all())
+
+
+@pytest.mark.parametrize("out_zero_point", [0, 128, 255])
+def test_convolution_output_clips_to_256_codes(out_zero_point: int) -> None:
+    x, weight = 100 * torch.randn(1, 4, 8, 8), random_weight(3, 4, 3, 3)
+    found = convolve(
+        x,
+        weight,
+        Geometry(),
+        weight_scale=torch.ones(3),
+        zero_point=128,
+        out_scale=torch.ones(3),
+        out_zero_point=out_zero_point,
+    )
+    assert float(found.min()) == -out_zero_point
+    assert float(found.max()) == 255 - out_zero_point
+
+
+def test_both_carriers_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 64), random_weight(8, 64)
+    image, kernel = torch.randn(2, 4, 6, 6), random_weight(8, 4, 3, 3)
+    scales = {"weight_scale": torch.rand(8), "out_scale": torch.full((3,), 0.5)}
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        linear = qlinear(x, weight, torch.rand(8).fill_(0.01), None, TABLE, 9, STEP)
+        return linear, convolve(image, kernel, Geometry(), zero_point=9, **scales)
+
+    in_float32 = outputs()
+    monkeypatch.setattr(ops, "FLOAT32_EXACT", 0)
+    in_float64 = outputs()
+    assert torch.equal(in_float32[0], in_float64[0])
+    assert torch.equal(in_float32[1], in_float64[1])
+
+
+def test_sums_beyond_float32_are_carried_exactly() -> None:
+    n_inputs = 4 * FLOAT32_EXACT // (255 * 127)
+    weight = torch.full((1, n_inputs), 127, dtype=torch.int8)
+    x = torch.full((1, n_inputs), 255.0)
+    x[0, -1] = 254.0
+    found = qlinear(x, weight, ONE, None, ONE, 0, torch.tensor(0))
+    exact = 127 * (255 * n_inputs - 1)
+    assert exact > FLOAT32_EXACT
+    assert float(found) == float(np.float32(exact))
+
+
+def test_every_step_reads_its_own_row() -> None:
+    x, weight, unit = torch.randn(2, 4), random_weight(3, 4), torch.ones(3)
+    found = [qlinear(x, weight, unit, None, TABLE, 128, torch.tensor(i)) for i in range(3)]
+    alone = [qlinear(x, weight, unit, None, TABLE[i : i + 1], 128, STEP) for i in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_table_of_one_row_serves_every_step() -> None:
+    assert all(float(at_step(ONE, torch.tensor(i))) == 1.0 for i in (0, 1, 7))
+    x, weight = torch.randn(1, 2, 4, 4), random_weight(3, 2, 3, 3)
+    found = convolve(
+        x,
+        weight,
+        Geometry(),
+        weight_scale=torch.rand(3),
+        zero_point=128,
+        out_scale=ONE,
+        table=ONE,
+    )
+    assert found.shape == (1, 3, 2, 2)
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor([1.0, -2.0, 3.0])], ids=["plain", "bias"])
+def test_linear_passes_the_checks_of_custom_ops(bias: Tensor | None) -> None:
+    arguments = (torch.randn(2, 5, 4), random_weight(3, 4), torch.rand(3), bias, TABLE, 12, STEP)
+    assert set(torch.library.opcheck(qlinear, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES[2:6:3], ids=str)
+def test_convolution_passes_the_checks_of_custom_ops(geometry: Geometry) -> None:
+    arguments = (
+        torch.randn(2, 4, 9, 8),
+        random_weight(8, 4 // geometry.groups, 3, 3),
+        torch.rand(8),
+        torch.randn(8),
+        TABLE,
+        12,
+        TABLE,
+        100,
+        STEP,
+        list(geometry.stride),
+        list(geometry.padding),
+        list(geometry.dilation),
+        geometry.groups,
+    )
+    assert set(torch.library.opcheck(qconv2d, arguments).values()) == {"SUCCESS"}
