@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test lint check clean
 
 demo: .venv/.installed
-	@$(BIN)/edgeqdm demo
+	@$(BIN)/edgeqdm demo --force
 
 # One thread per process: more would fight over the cores with the other workers.
 # A file stays with one worker, so that its fixtures are built once.

@@ -303,7 +303,7 @@ def verification_table(found: Verification) -> Table:
     table.add_row("files", f"{len(found.manifest.files)} ok")
     table.add_row("integer kernels", f"{found.kernels.integer} of {found.planned} ({kernels})")
     table.add_row(
-        "golden run", f"deviates by {found.deviation[step]:.3f} of the noise at worst, step {step}"
+        "golden run", f"deviates by {found.deviation[step]:.2g} of the noise at worst, step {step}"
     )
     return table
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeqdm.backends import BACKENDS, load_backend
+from edgeqdm.backends import backend_names, load_backend
 from edgeqdm.bench.compare import (
     Variant,
     compare,
@@ -45,10 +46,16 @@ from edgeqdm.correct.apply import correct_schedule
 from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend
-from edgeqdm.emit.package import correction_key, emit_package, exportable
+from edgeqdm.emit.package import check_plan, correction_key, emit_package, exportable
 from edgeqdm.emit.verify import Verification, verify_package
-from edgeqdm.emit.writer import write_file_atomically
-from edgeqdm.errors import EdgeqdmError, InputError, UnsupportedError, VerifyError
+from edgeqdm.emit.writer import check_destination, write_file_atomically
+from edgeqdm.errors import (
+    EdgeqdmError,
+    InputError,
+    OutputError,
+    UnsupportedError,
+    VerifyError,
+)
 from edgeqdm.ir.codec import digest, dump_record, read_record
 from edgeqdm.ir.package import Manifest
 from edgeqdm.ir.plan import DeploymentPlan
@@ -159,7 +166,6 @@ def _measure(
     progress: Callable[[int, int], None] | None,
 ) -> NoiseStatistics:
     n_chunks = -(-trajectories.n_runs // CHUNK)
-    outputs: dict[tuple[int, int], Tensor] = {}
 
     def samples() -> Iterator[tuple[int, NDArray[np.float32], tuple[Tensor | None, Tensor]]]:
         for step in range(trajectories.n_steps):
@@ -215,10 +221,15 @@ def emit(
     """
     out = Path(out)
     backend = load_backend(target)
+    chosen = plan or default_plan(denoiser.info, target, denoiser.program.n_steps)
+    check_plan(chosen, denoiser.info, backend)
+    check_destination(out, force=force)
     folder = out.parent / f".{out.name}.work" if work is None else Path(work)
     calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
-    quantized = quantize(denoiser, calibration, plan=plan, target=target)
-    schedule = correct(quantized, calibration, work=folder, progress=progress) if correction else None
+    quantized = quantize(denoiser, calibration, plan=chosen)
+    schedule = (
+        correct(quantized, calibration, work=folder, progress=progress) if correction else None
+    )
     done = _stage("emit", progress)
     if done is not None:
         done(0, 1)
@@ -257,7 +268,7 @@ def run(
 
 
 def run_package(package: Path, arguments: list[str]) -> str:
-    """Run a package's `run.py` where importing torch fails; raises what its exit code stands for."""
+    """Run a package's `run.py` where torch cannot be imported; raises as its exit code says."""
     script = package / "runtime" / "python" / "run.py"
     if not script.is_file():
         raise InputError("EQ-3701", "not a package of this tool: no runtime in it", path=package)
@@ -271,6 +282,8 @@ def run_package(package: Path, arguments: list[str]) -> str:
         text=True,
         check=False,
     )
+    if finished.returncode in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
         raise _runtime_error(finished.returncode, lines[-1].removeprefix("error: "), package)
@@ -280,6 +293,8 @@ def run_package(package: Path, arguments: list[str]) -> str:
 def _runtime_error(exit_code: int, message: str, package: Path) -> EdgeqdmError:
     if exit_code == VerifyError.exit_code:
         return VerifyError("EQ-8701", message, path=package)
+    if exit_code == OutputError.exit_code:
+        return OutputError("EQ-7701", message)
     return InputError("EQ-3702", message, path=package)
 
 
@@ -368,9 +383,7 @@ def float_variant(
         target.write_bytes(file.data)
     graphs = sum(len(file.data) for file in contents.values() if file.role == "model")
     plain = uncorrected(player, model)
-    return Variant(
-        "float", backend.open(folder), plain, backend.count_kernels(folder), 0, graphs
-    )
+    return Variant("float", backend.open(folder), plain, backend.count_kernels(folder), 0, graphs)
 
 
 def _require_same_model(manifest: Manifest, model: Denoiser, package: Path) -> None:
@@ -468,7 +481,7 @@ def doctor() -> tuple[Finding, ...]:
         Finding("python", platform.python_version(), sys.version_info >= (3, 11), "use >= 3.11"),
         *(_library(name) for name in ("torch", "diffusers", "onnx", "onnxscript", "numpy")),
     ]
-    for name in BACKENDS:
+    for name in backend_names():
         try:
             versions = load_backend(name).versions()
             found = ", ".join(f"{k} {v}" for k, v in versions.items())

@@ -271,7 +271,7 @@ def test_verify_prints_target_files_kernels_and_the_worst_deviation(calls: Calls
     assert "onnxruntime" in shown
     assert "1 ok" in shown
     assert "7 of 7 (7 QLinearConv)" in shown
-    assert "0.250 of the noise at worst, step 1" in shown
+    assert "0.25 of the noise at worst, step 1" in shown
 
 
 def test_verify_json_names_the_worst_step(calls: Calls) -> None:

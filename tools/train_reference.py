@@ -7,9 +7,9 @@
 
 The last one writes what is shipped, `edgeqdm/models/reference/`: diffusers folders with fp16
 weights, the classifier with its feature statistics, sample sheets and model cards with measured
-figures. Each training command uses one thread, logs one line a minute, writes a checkpoint every five minutes and
-continues from it when it is run again. The number of images alone fixes the learning-rate
-schedule, so an interrupted run sees the same schedule as an uninterrupted one.
+figures. Each training command uses one thread, logs one line a minute, writes a checkpoint every
+five minutes and continues from it when it is run again. The number of images alone fixes the
+learning-rate schedule, so an interrupted run sees the same schedule as an uninterrupted one.
 
 The data is `fashion_mnist.npz` (x_train, y_train, x_test, y_test) or the folder that holds the four
 original `*-ubyte.gz` files (Zalando Research, MIT licence). Images are padded to 32 x 32, scaled to
@@ -296,8 +296,18 @@ def _save(value: dict[str, object], path: Path) -> None:
 
 
 REFERENCE = Path(__file__).resolve().parents[1] / "edgeqdm" / "models" / "reference"
-LABELS = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
-          "Ankle boot")
+LABELS = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 SAMPLE_SEED = 2024
 SHEET_ROWS = 6
 
@@ -308,7 +318,8 @@ def export_classifier(data: GarmentData, work: Path) -> float:
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     network = GarmentClassifier()
     # The statistics belong to the weights as shipped, so they are rounded first.
-    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    rounded = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    network.load_state_dict(rounded)
     network.eval()
     with torch.no_grad():
         parts = [network.features(batch) for batch in data.test_images.split(500)]
@@ -409,7 +420,10 @@ def write_card(name: str, work: Path, n_images: int, real: dict[str, float]) -> 
 def _commit_of_training() -> str:
     found = subprocess.run(
         ["git", "log", "-1", "--format=%h", "--diff-filter=A", "--", __file__],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
     )
     return found.stdout.strip()
 

@@ -33,7 +33,9 @@ def _zero_point(zero_point: int) -> Any:
 
 
 def _at_step(table: Any, step: Any) -> Any:
-    index = step if table.shape[0] != 1 else _constant(np.array(0, np.int64))
+    # Not a constant 0 for a table of one row: the runtime would fold the scale into weight_scale
+    # and no longer recognise a MatMulIntegerToFloat.
+    index = step if table.shape[0] != 1 else op.Min(step, _constant(np.array(0, np.int64)))
     return op.Gather(table, index, axis=0)
 
 

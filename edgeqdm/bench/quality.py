@@ -54,7 +54,9 @@ def _classifier() -> tuple[GarmentClassifier, NDArray[np.float64], NDArray[np.fl
     mean = tensors.pop("test_features.mean").double().numpy()
     covariance = tensors.pop("test_features.covariance").double().numpy()
     network = GarmentClassifier()
-    network.load_state_dict({k: v if v.dtype == torch.int64 else v.float() for k, v in tensors.items()})
+    network.load_state_dict(
+        {k: v if v.dtype == torch.int64 else v.float() for k, v in tensors.items()}
+    )
     return network.eval(), mean, covariance
 
 

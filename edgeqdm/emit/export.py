@@ -24,13 +24,14 @@ OpTranslation = Mapping[Callable[..., Any], Callable[..., Any]]
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     # The exporter reports on stdout and through several loggers; none of it is for our user.
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def export_onnx(
@@ -67,5 +68,6 @@ def export_onnx(
 
 
 def _nest(dynamic: tuple[Any, ...]) -> tuple[Any, ...]:
-    # forward(sample, step, *conditioning): the starred part is one argument to torch.export.
-    return (*dynamic[:2], tuple(dynamic[2:]))
+    # forward(sample, step, *conditioning): the starred part, unless empty, is one argument to
+    # torch.export.
+    return (*dynamic[:2], tuple(dynamic[2:])) if dynamic[2:] else dynamic

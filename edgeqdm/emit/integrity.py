@@ -213,7 +213,7 @@ def _onnx_faults(path: Path, relative: str, files: Mapping[str, Artifact]) -> li
     except ImportError as problem:
         hint = "pip install 'edgeqdm[onnxruntime]'"
         message = "checking an ONNX model needs the package onnx"
-        raise UnsupportedError("EQ-4101", message, path=path, hint=hint) from problem
+        raise UnsupportedError("EQ-4304", message, path=path, hint=hint) from problem
     model = onnx.ModelProto()
     try:
         with open_regular(path, error=VerifyError, flags=os.O_NOFOLLOW) as file:

@@ -20,7 +20,9 @@ from edgeqdm.emit.render import python_runtime
 from edgeqdm.emit.writer import staged_package
 from edgeqdm.errors import UnsupportedError
 from edgeqdm.ir.codec import digest, dump_record
+from edgeqdm.ir.model import ModelInfo
 from edgeqdm.ir.package import Manifest, ScheduleFile
+from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, precision_digest
 
@@ -36,6 +38,14 @@ def correction_key(quantized: QuantizedDenoiser) -> CorrectionKey:
         guidance=denoiser.guidance.scale,
         precision=precision_digest(quantized),
     )
+
+
+def check_plan(plan: DeploymentPlan, info: ModelInfo, backend: Backend) -> None:
+    """Raise UnsupportedError listing every layer the target cannot run as planned."""
+    refused = backend.check(plan, info)
+    if refused:
+        listed = "; ".join(f"{u.layer}: {u.reason}, use {u.instead}" for u in refused[:10])
+        raise UnsupportedError("EQ-4303", f"{len(refused)} problems: {listed}", path=backend.name)
 
 
 def exportable(quantized: QuantizedDenoiser) -> Exportable:

@@ -153,8 +153,8 @@ def decode(player: Player, samples: Array) -> NDArray[np.uint8]:
         pixels = samples.reshape(batch, channels // factor**2, factor, factor, height, width)
         pixels = pixels.transpose(0, 1, 4, 2, 5, 3)
         pixels = pixels.reshape(batch, -1, height * factor, width * factor)
-    levels = np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
-    return levels.astype(np.uint8).transpose(0, 2, 3, 1)
+    levels: NDArray[np.uint8] = np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    return levels.transpose(0, 2, 3, 1)
 
 
 def sheet(pixels: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:

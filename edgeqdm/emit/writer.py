@@ -110,6 +110,17 @@ class Staging:
         self.files[relative] = Artifact(sha256=sha256, size=size, role=role)
 
 
+def check_destination(out: Path, *, force: bool = False) -> None:
+    """Raise the OutputError that `staged_package` would, before hours of work instead of after.
+
+    Missing parents of `out` are created.
+    """
+    with _output_errors(out, 0):
+        parent, name = _resolve(out)
+        _sweep(parent, name)
+        _check_free_name(parent / name, force=force)
+
+
 @contextlib.contextmanager
 def staged_package(out: Path, *, force: bool = False, need_bytes: int = 0) -> Iterator[Staging]:
     """A package that appears at `out` when the block ends, and only if it ends well.

@@ -605,7 +605,7 @@ def _check_prediction_type(scheduler: Any) -> None:
 
 def _check_betas(scheduler: Any) -> None:
     betas, alpha_bar = (
-        None if table is None else np.asarray(table, dtype=np.float64)
+        None if table is None else np.atleast_1d(np.asarray(table, dtype=np.float64))
         for table in (getattr(scheduler, name, None) for name in ("betas", "alphas_cumprod"))
     )
     if betas is not None and not ((betas > 0) & (betas <= 1)).all():

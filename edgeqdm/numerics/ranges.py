@@ -121,9 +121,7 @@ def search_activation(ranges: StepRanges, *, power: float = LOSS_POWER) -> Activ
     energy = energy.clamp(min=torch.finfo(torch.float32).tiny)
 
     def relative_loss(zero_point: int) -> float:
-        _, loss = search_with_zero_point(
-            coarse, zero_point, power=power, n_shrinks=COARSE_SHRINKS
-        )
+        _, loss = search_with_zero_point(coarse, zero_point, power=power, n_shrinks=COARSE_SHRINKS)
         return float((loss / energy).sum())
 
     zero_point = min(candidate_zero_points(ranges), key=relative_loss)

@@ -127,7 +127,7 @@ def quantize(
         if name not in observations:
             raise InputError("EQ-3203", "planned layer was not observed", path=name)
         n_observed = len(observations[name].input.low)
-        if n_observed != plan.n_steps:
+        if n_observed not in (1, plan.n_steps):
             message = f"observed at {n_observed} steps, the plan has {plan.n_steps}"
             raise InputError("EQ-3203", message, path=name, hint="calibrate with this sampler")
         layer = get_layer(module, name)

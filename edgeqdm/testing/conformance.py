@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,12 +28,21 @@ from torch import Tensor, nn
 from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
-from edgeqdm.emit.backend import Backend
+from edgeqdm.emit.backend import (
+    Array,
+    Backend,
+    Evaluate,
+    Exportable,
+    File,
+    KernelCount,
+    Menu,
+    Unsupported,
+)
 from edgeqdm.emit.integrity import check_files
 from edgeqdm.emit.package import emit_package
 from edgeqdm.emit.verify import verify_package
 from edgeqdm.errors import UnsupportedError, VerifyError
-from edgeqdm.ir.model import Decoder, LayerKind
+from edgeqdm.ir.model import Decoder, LayerKind, ModelInfo
 from edgeqdm.ir.package import Manifest
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
 from edgeqdm.ir.precision import Precision
@@ -104,6 +114,44 @@ def tiny_quantized(kind: str, target: str = "onnxruntime") -> QuantizedDenoiser:
     with tempfile.TemporaryDirectory() as folder:
         denoiser = load(write(Path(folder)), steps=STEPS, guidance=GUIDANCE, eta=1.0)
     return quantize_tiny(denoiser, target)
+
+
+class EagerBackend:
+    """Runs the eager reference in this process: for tests of everything around a backend."""
+
+    name = "eager"
+
+    def __init__(self, quantized: QuantizedDenoiser) -> None:
+        self.quantized = quantized
+
+    def menu(self) -> Menu:
+        return {kind: tuple(Precision) for kind in LayerKind}
+
+    def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
+        known = {layer.name for layer in info.layers}
+        asked = [a.layer for phase in plan.phases for a in phase.layers]
+        return tuple(Unsupported(x, "no such layer", "another") for x in asked if x not in known)
+
+    def emit(self, model: Exportable) -> Mapping[str, File]:
+        return {"model.txt": File(self.quantized.tables_sha256.encode(), "model")}
+
+    def count_kernels(self, package: Path) -> KernelCount:
+        planned = len(self.quantized.plan.phases[0].quantized())
+        return KernelCount(planned, 0, {"eager": planned})
+
+    def open(self, package: Path, *, threads: int = 1) -> Evaluate:
+        network = self.quantized.network
+
+        @torch.no_grad()
+        def evaluate(x: Array, step: int, conditioning: NDArray[Any] | None) -> Array:
+            fed = () if conditioning is None else (torch.from_numpy(conditioning.copy()),)
+            found: Array = network(torch.from_numpy(x.copy()), torch.tensor(step), *fed).numpy()
+            return found
+
+        return evaluate
+
+    def versions(self) -> Mapping[str, str]:
+        return {"eager": "1"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +243,9 @@ class BackendConformance:
         self, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         quantized = tiny_quantized("dit", backend.name)
-        monkeypatch.setattr(type(backend), "menu", lambda _: dict.fromkeys(LayerKind, (Precision.FP32,)))
+        monkeypatch.setattr(
+            type(backend), "menu", lambda _: dict.fromkeys(LayerKind, (Precision.FP32,))
+        )
         with pytest.raises(UnsupportedError) as caught:
             emit_package(quantized, backend, tmp_path / "package")
         assert quantized.plan.phases[0].quantized()[0] in caught.value.message

@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import typer
+from onnx import numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -50,6 +51,7 @@ from edgeqdm.emit import playback
 from edgeqdm.emit.package import emit_package
 from edgeqdm.ir.report import BenchReport
 from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.models.layers import get_layer
 from edgeqdm.numerics.ranges import StepRanges
 from edgeqdm.quantize.quantizer import default_plan
 
@@ -92,15 +94,18 @@ def pooled(observations: dict[str, LayerObservation]) -> dict[str, LayerObservat
 
 
 def left_in_float(graph: onnx.ModelProto, denoiser: Denoiser) -> list[str]:
-    """Nodes of the first, the last and the embedding layers, found by their weights."""
-    names = {layer.name for layer in denoiser.info.layers if layer.role != "body"}
-    found = []
-    for node in graph.graph.node:
-        if node.op_type in MATRIX_OPS and any(
-            name.removesuffix(".weight").endswith(tuple(f".{n}" for n in names)) for name in node.input
-        ):
-            found.append(node.name)
-    return found
+    """Nodes of the first, the last and the embedding layers, found by their weights' values."""
+    weights = set()
+    for layer in denoiser.info.layers:
+        if layer.role != "body":
+            weight = get_layer(denoiser.module, layer.name).weight.detach().numpy()
+            weights |= {weight.tobytes(), np.ascontiguousarray(weight.T).tobytes()}
+    tensors = {t.name: numpy_helper.to_array(t).tobytes() for t in graph.graph.initializer}
+    return [
+        node.name
+        for node in graph.graph.node
+        if node.op_type in MATRIX_OPS and any(tensors.get(name) in weights for name in node.input)
+    ]
 
 
 def peers(
@@ -222,7 +227,8 @@ def measure(source: str, images: int, fid: int, rounds: int, work: Path) -> dict
                 variant = Variant(name, backend.open(package), base.player, kernels, integer, size)
                 variant.evaluate(*_probe(denoiser))
                 variants.append(variant)
-            except Exception as error:  # noqa: BLE001 - a peer's failure is a result
+            # A peer's failure, of whatever kind, is a result.
+            except Exception as error:
                 errors[name] = str(error).splitlines()[0][:200] if str(error) else repr(error)
         report = compare(
             denoiser,
