@@ -213,8 +213,10 @@ def self_test(player: Player, evaluate: Evaluate, golden: Mapping[str, NDArray[A
     """
     deviations = []
     for step in range(player.table.n_steps):
-        f = guided(player, evaluate, golden["inputs"][step], step, golden.get("conditioning"))
-        error = np.sqrt(np.mean(np.square(f.astype(np.float64) - golden["outputs"][step])))
+        # NaN and Inf are a result here, not an accident worth a warning.
+        with np.errstate(invalid="ignore", over="ignore"):
+            f = guided(player, evaluate, golden["inputs"][step], step, golden.get("conditioning"))
+            error = np.sqrt(np.mean(np.square(f.astype(np.float64) - golden["outputs"][step])))
         floor = 1e-6 * float(np.sqrt(np.mean(np.square(golden["outputs"][step]))))
         deviations.append(float(error / max(player.golden_noise_rms[step], floor, 1e-30)))
     # Not the maximum: that of a list with a NaN depends on where the NaN stands.

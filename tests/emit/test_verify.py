@@ -22,11 +22,9 @@ from edgeqdm.emit.export import export_onnx
 from edgeqdm.emit.package import emit_package, exportable
 from edgeqdm.emit.verify import verify_package
 from edgeqdm.errors import VerifyError
-from edgeqdm.quantize.modules import SteppedNetwork, StepClock
+from edgeqdm.quantize.modules import StepClock, SteppedNetwork
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 from edgeqdm.testing.conformance import STEPS, EagerBackend, quantize_tiny, small_denoiser
-
-Edit = Callable[[Path], None]
 
 
 def small(target: str) -> QuantizedDenoiser:
@@ -83,7 +81,7 @@ def edit_golden(package: Path, change: Callable[[dict[str, Any]], None]) -> None
     reseal(package)
 
 
-def fails(package: Path, backend: Any, code: str, message: str = "") -> VerifyError:
+def fails(package: Path, backend: Any, code: str, message: str | None = None) -> VerifyError:
     with pytest.raises(VerifyError, match=message) as caught:
         verify_package(package, backend)
     assert caught.value.code == code
