@@ -279,7 +279,7 @@ def bench(
     conditioning: Embeddings = None,
     online: Online = False,
     rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Timed network evaluations.")
+        int, typer.Option(metavar="N", min=1, help="Timed steps.")
     ] = 60,
     images: Annotated[
         int, typer.Option(metavar="N", min=1, help="Images compared with the float model.")

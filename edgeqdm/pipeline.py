@@ -333,7 +333,7 @@ def bench(
     Args:
         package: folder of the package.
         model: the float model it was made from, loaded with the same sampler and guidance.
-        rounds: timed network evaluations of one image, interleaved.
+        rounds: timed steps of one image, interleaved.
         images: images of the free run from equal noise.
         fid: images for feature-FID, 0 to leave it out.
         seed: of the noise; keep away from the calibration's.

@@ -59,6 +59,7 @@ MANIFEST = Manifest(
     integer_layers=7,
     library_versions={},
     files={"model.onnx": Artifact(sha256="0" * 64, size=2_500_000, role="model")},
+    manifest_sha256="0" * 64,
 )
 VERIFICATION = Verification(
     MANIFEST, KernelCount(integer=7, floating=2, by_name={"QLinearConv": 7}), 7, (0.1, 0.25, 0.2)

@@ -129,7 +129,7 @@ def compare(
         denoiser: float model in torch, the reference of all image errors.
         variants: at least one.
         libraries: versions to record.
-        rounds: timed network evaluations of one image per variant.
+        rounds: timed steps of one image per variant.
         images: images per seed of the free runs.
         seeds: of the free runs; must differ from the calibration's.
         fid_images: images for feature-FID, 0 to leave it out; the same noise for every variant.
@@ -191,7 +191,7 @@ def _cpu_times(denoiser: Denoiser, variants: tuple[Variant, ...], rounds: int) -
     middle = denoiser.program.n_steps // 2
 
     def call(variant: Variant) -> Callable[[], object]:
-        return lambda: variant.evaluate(x, middle, fed)
+        return lambda: playback.guided(variant.player, variant.evaluate, x, middle, fed)
 
     timings = time_interleaved({v.name: call(v) for v in variants}, rounds=rounds)
     return {name: timing.p25_us for name, timing in timings.items()}

@@ -85,7 +85,7 @@ def garment_features(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float64], ND
 def feature_fid(pixels: NDArray[np.uint8]) -> float:
     """Frechet distance of the classifier's features to those of the 10,000 test images.
 
-    Not comparable with Inception-FID; its floor for N real images is about 80 / N.
+    Not comparable with Inception-FID. It falls with the number of images, so compare equal numbers.
 
     Args:
         pixels: uint8 [N, 32, 32, 1], N >= 65 for a covariance of full rank.

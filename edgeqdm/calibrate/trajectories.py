@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgeqdm.errors import InputError, NumericalError
+from edgeqdm.errors import InputError, NumericalError, OutputError
 from edgeqdm.ir.codec import digest
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.numerics import philox, solver
@@ -153,12 +153,23 @@ def _run_chunk(
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write finished work to a safetensors file, whole or not at all, with a checksum."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write finished work to a safetensors file, whole or not at all, with a checksum.
+
+    Raises:
+        OutputError: if it cannot be written, a full disk included.
+    """
     partial = file.with_suffix(f".{os.getpid()}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {_CHECKSUM: _checksum(tensors)})
         os.replace(partial, file)
+    except (OSError, SafetensorError) as problem:
+        raise OutputError(
+            "EQ-7201",
+            f"finished work cannot be kept: {problem}",
+            path=file.parent,
+            hint="free some space or name another work folder, then run the same again",
+        ) from problem
     finally:
         partial.unlink(missing_ok=True)
 

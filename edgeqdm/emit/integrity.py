@@ -20,8 +20,16 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from edgeqdm.errors import UnsupportedError, VerifyError
-from edgeqdm.ir.codec import describe, file_kind, open_regular, parse_json, parse_record, read_bytes
-from edgeqdm.ir.package import FORMAT, Artifact, Manifest
+from edgeqdm.ir.codec import (
+    describe,
+    dump_record,
+    file_kind,
+    open_regular,
+    parse_json,
+    parse_record,
+    read_bytes,
+)
+from edgeqdm.ir.package import FORMAT, UNSEALED, Artifact, Manifest
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -68,16 +76,18 @@ def check_files(package: Path) -> Manifest:
     """Holds every file of a package against its manifest; reads only.
 
     Returns:
-        The manifest, once everything it lists is there with the right size and SHA-256, nothing
-        else is, and every external tensor of an ONNX model lies inside a listed file.
+        The manifest, once its bytes are those it was sealed with, everything it lists is there
+        with the right size and SHA-256, nothing else is, and every external tensor of an ONNX
+        model lies inside a listed file.
 
     Raises:
         VerifyError: naming every fault (the first 10 and their count).
         UnsupportedError: the package holds an ONNX model and `onnx` is not installed.
     """
     tree = _scan(package)
-    manifest = _read_manifest(package, tree)
-    faults = list(tree.faults)
+    data, manifest = _read_manifest(package, tree)
+    faults = [] if _is_sealed(data, manifest) else [f"{MANIFEST} has been changed"]
+    faults += tree.faults
     faults += path_faults(manifest.files)
     if MANIFEST in manifest.files:
         faults.append(f"{MANIFEST}: lists itself")
@@ -92,6 +102,24 @@ def check_files(package: Path) -> Manifest:
     if faults:
         raise _verify_error(package, faults)
     return manifest
+
+
+def seal_manifest(manifest: Manifest) -> bytes:
+    """Content of `manifest.json`: the manifest with its own SHA-256 as `manifest_sha256`.
+
+    Whatever `manifest_sha256` it carries is replaced.
+    """
+    blank = dump_record(manifest.model_copy(update={"manifest_sha256": UNSEALED}))
+    # A string holds no raw line break, so one followed by a single space is a key of the top level.
+    key = b'\n "manifest_sha256": "'
+    before, after = blank.split(key + UNSEALED.encode())
+    return before + key + hashlib.sha256(blank).hexdigest().encode() + after
+
+
+def _is_sealed(data: bytes, manifest: Manifest) -> bool:
+    seal = manifest.manifest_sha256
+    blank = data.replace(seal.encode(), UNSEALED.encode())
+    return data.count(seal.encode()) == 1 and hashlib.sha256(blank).hexdigest() == seal
 
 
 def path_faults(paths: Collection[str]) -> list[str]:
@@ -173,7 +201,7 @@ def _note_file(tree: _Tree, relative: str, status: os.stat_result) -> None:
         tree.regular.add(relative)
 
 
-def _read_manifest(package: Path, tree: _Tree) -> Manifest:
+def _read_manifest(package: Path, tree: _Tree) -> tuple[bytes, Manifest]:
     path = package / MANIFEST
     if MANIFEST not in tree.seen:
         hint = "give the folder that an emit wrote"
@@ -192,7 +220,7 @@ def _read_manifest(package: Path, tree: _Tree) -> Manifest:
             path=path,
             hint=f"expected format {FORMAT}; a package of a newer edgeqdm needs that edgeqdm",
         )
-    return parse_record(data, Manifest, name=str(path), error=VerifyError)
+    return data, parse_record(data, Manifest, name=str(path), error=VerifyError)
 
 
 def _content_faults(path: Path, artifact: Artifact) -> list[str]:

@@ -16,12 +16,13 @@ from edgeqdm import __version__
 from edgeqdm.correct.apply import require_key
 from edgeqdm.emit.backend import Backend, Exportable, File
 from edgeqdm.emit.golden import Golden, make_golden
+from edgeqdm.emit.integrity import MANIFEST, seal_manifest
 from edgeqdm.emit.render import python_runtime
 from edgeqdm.emit.writer import staged_package
 from edgeqdm.errors import UnsupportedError
-from edgeqdm.ir.codec import digest, dump_record
+from edgeqdm.ir.codec import digest, dump_record, parse_record
 from edgeqdm.ir.model import ModelInfo
-from edgeqdm.ir.package import Manifest, ScheduleFile
+from edgeqdm.ir.package import UNSEALED, Manifest, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, precision_digest
@@ -94,7 +95,7 @@ def emit_package(
     ) as staging:
         for path, file in contents.items():
             staging.write(path, file.data, file.role)
-        manifest = Manifest(
+        unsealed = Manifest(
             edgeqdm_version=__version__,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             target=backend.name,
@@ -106,9 +107,11 @@ def emit_package(
             integer_layers=len(quantized.plan.phases[0].quantized()),
             library_versions={**{k: version(k) for k in LIBRARIES}, **backend.versions()},
             files=dict(staging.files),
+            manifest_sha256=UNSEALED,
         )
-        staging.seal(dump_record(manifest))
-    return manifest
+        sealed = seal_manifest(unsealed)
+        staging.seal(sealed)
+    return parse_record(sealed, Manifest, name=MANIFEST)
 
 
 def _contents(

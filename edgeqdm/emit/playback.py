@@ -28,6 +28,9 @@ GOLDEN_SHARE = 1.5
 whose every layer agrees bit for bit still differ where float arithmetic between the layers puts an
 activation on the other side of a rounding half-tie; each further rounding amplifies that, up to
 sqrt(2) of the noise, when the two roundings share nothing but their size."""
+FLOAT_NOISE = 1e-5
+"""Least noise the self-test assumes, relative to the output: float32 sums in another order differ
+by about 1e-6, and a plan may leave every layer in float."""
 SAFETENSORS_DTYPES = {"F32": "<f4", "I64": "<i8"}
 
 
@@ -217,7 +220,7 @@ def self_test(player: Player, evaluate: Evaluate, golden: Mapping[str, NDArray[A
         with np.errstate(invalid="ignore", over="ignore"):
             f = guided(player, evaluate, golden["inputs"][step], step, golden.get("conditioning"))
             error = np.sqrt(np.mean(np.square(f.astype(np.float64) - golden["outputs"][step])))
-        floor = 1e-6 * float(np.sqrt(np.mean(np.square(golden["outputs"][step]))))
+        floor = FLOAT_NOISE * float(np.sqrt(np.mean(np.square(golden["outputs"][step]))))
         deviations.append(float(error / max(player.golden_noise_rms[step], floor, 1e-30)))
     # Not the maximum: that of a list with a NaN depends on where the NaN stands.
     return SelfTest(tuple(deviations), all(d <= GOLDEN_SHARE for d in deviations))

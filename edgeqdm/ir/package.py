@@ -10,6 +10,8 @@ from edgeqdm.ir.schedule import CorrectedSchedule, SamplerProgram
 
 FORMAT = "edgeqdm-package"
 SCHEMA_VERSION = 1
+UNSEALED = "0" * 64
+"""`manifest_sha256` of a manifest that is not yet written."""
 
 
 class Artifact(Record):
@@ -22,7 +24,11 @@ class Artifact(Record):
 
 
 class Manifest(Record):
-    """`manifest.json`: what a package is and the hash of every other file in it."""
+    """`manifest.json`: what a package is, the hash of every other file in it and its own.
+
+    Its own hash, the seal, finds damage and careless edits; whoever changes a package on purpose
+    can compute a new one.
+    """
 
     format: str = FORMAT
     schema_version: int = SCHEMA_VERSION
@@ -40,6 +46,9 @@ class Manifest(Record):
     library_versions: dict[str, str]
     files: dict[str, Artifact]
     """By relative POSIX path; `manifest.json` itself is not listed."""
+    manifest_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the bytes of `manifest.json` with these 64 digits, which occur there only once,
+    replaced by zeros."""
 
 
 class ScheduleFile(Record):

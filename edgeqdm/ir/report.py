@@ -22,7 +22,7 @@ class BenchRow(Record):
 
     name: str
     cpu_ms_per_step: float
-    """CPU time of one network evaluation of one image on one thread, 25th percentile."""
+    """CPU time of one step of one image on one thread, guidance included, 25th percentile."""
     cpu_ratio: float | None
     """The same divided by the float variant's, interleaved in one process."""
     image_sqnr_db: float | None

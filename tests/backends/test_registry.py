@@ -88,8 +88,9 @@ def test_entry_point_adds_a_target_but_never_replaces_a_built_in_one(
 ) -> None:
     plant(EntryPoint("theirs", lambda: "made"), EntryPoint("onnxruntime", lambda: "impostor"))
     assert backend_names() == tuple(sorted({*backends.BACKENDS, "theirs"}))
-    assert load_backend("theirs") == "made"
-    assert load_backend("onnxruntime") != "impostor"
+    made: Any = load_backend("theirs")
+    assert made == "made"
+    assert load_backend("onnxruntime").name == "onnxruntime"
 
 
 def test_every_target_can_be_loaded_before_anything_else() -> None:

@@ -48,6 +48,7 @@ def replayed(
     """Inputs and bias-free outputs of one layer at every step, from its own two-line forward."""
     layer = get_layer(denoiser.module, name)
     fed: list[list[Tensor]] = [[] for _ in range(STEPS)]
+    step = 0
     handle = layer.register_forward_pre_hook(lambda _, inputs: fed[step].append(inputs[0]))
     for start in range(0, RUNS, CHUNK):
         runs = slice(start, start + CHUNK)

@@ -22,7 +22,7 @@ from edgeqdm.calibrate.trajectories import (
     load_tensors,
     save_tensors,
 )
-from edgeqdm.errors import InputError, NumericalError
+from edgeqdm.errors import InputError, NumericalError, OutputError
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.numerics import philox
 from edgeqdm.testing.conformance import STEPS, small_denoiser
@@ -179,8 +179,9 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trajectories, "save_file", full)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(OutputError, match="space") as caught:
         save_tensors({"x": torch.zeros(2)}, file)
+    assert caught.value.code == "EQ-7201"
     found = load_tensors(file)
     assert found is not None
     assert torch.equal(found["x"], torch.ones(2))

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeqdm.emit.integrity import check_files, path_faults
+from edgeqdm.emit.integrity import MANIFEST, check_files, path_faults, seal_manifest
 from edgeqdm.errors import EdgeqdmError, UnsupportedError, VerifyError
-from edgeqdm.ir.codec import dump_record
+from edgeqdm.ir.codec import dump_record, parse_record
 from edgeqdm.ir.model import Conditioning, Decoder, ModelInfo
-from edgeqdm.ir.package import Artifact, Manifest
+from edgeqdm.ir.package import UNSEALED, Artifact, Manifest
 
 FILES = {"model.onnx": b"", "plan.json": b"{}\n", "runtime/run.py": b"pass\n", "weights.bin": b""}
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -46,6 +46,7 @@ def manifest_of(files: dict[str, Artifact]) -> Manifest:
         integer_layers=0,
         library_versions={},
         files=files,
+        manifest_sha256=UNSEALED,
     )
 
 
@@ -80,7 +81,7 @@ def write_package(folder: Path, **changes: bytes) -> Path:
         files[relative] = Artifact(
             sha256=hashlib.sha256(data).hexdigest(), size=len(data), role="model"
         )
-    (folder / "manifest.json").write_bytes(dump_record(manifest_of(files)))
+    (folder / "manifest.json").write_bytes(seal_manifest(manifest_of(files)))
     return folder
 
 
@@ -102,7 +103,8 @@ def edit_manifest(package: Path, edit: Callable[[dict[str, Any]], object]) -> No
     path = package / "manifest.json"
     document = json.loads(path.read_bytes())
     edit(document)
-    path.write_text(json.dumps(document))
+    changed = parse_record(json.dumps(document).encode(), Manifest, name=MANIFEST)
+    path.write_bytes(seal_manifest(changed))
 
 
 def test_an_untouched_package_gives_its_manifest_and_stays_as_it_is(package: Path) -> None:
@@ -252,7 +254,9 @@ def test_a_broken_manifest_is_refused(content: bytes, expected: str, package: Pa
 
 
 def test_a_newer_package_names_the_edgeqdm_that_made_it(package: Path) -> None:
-    edit_manifest(package, lambda m: m.update(schema_version=2, edgeqdm_version="9.1", novel=1))
+    path = package / "manifest.json"
+    newer = {"schema_version": 2, "edgeqdm_version": "9.1", "novel": 1}
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | newer))
     assert 'made by a newer edgeqdm ("9.1")' in fault(package)
 
 
@@ -260,6 +264,73 @@ def test_a_duplicate_path_in_the_manifest_is_refused(package: Path) -> None:
     path = package / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"weights.bin": {', b'"plan.json": {'))
     assert "duplicate key" in fault(package)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x02, 0x04, 0x10, 0x20, 0x80, 0xFF])
+def test_no_changed_byte_of_the_manifest_goes_unseen(mask: int, tmp_path: Path) -> None:
+    package = write_package(tmp_path / "p")
+    path = package / MANIFEST
+    sealed = path.read_bytes()
+    for index in range(mask % 3, len(sealed), 3):
+        changed = bytearray(sealed)
+        changed[index] ^= mask
+        path.write_bytes(changed)
+        fault(package)
+    path.write_bytes(sealed)
+    check_files(package)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"2026-01-01", b"2026-01-02"),
+        (b'"0.1.0"', b'"0.1.1"'),
+        (b"\n", b"\r\n"),
+        (b"\n}\n", b"\n}"),
+        (b"tiny", b"t\\u0069ny"),
+    ],
+)
+def test_what_no_other_check_covers_is_sealed(old: bytes, new: bytes, package: Path) -> None:
+    path = package / MANIFEST
+    path.write_bytes(path.read_bytes().replace(old, new))
+    assert fault(package) == "1 fault: manifest.json has been changed"
+
+
+def test_a_changed_manifest_is_named_beside_every_bad_file(package: Path) -> None:
+    path = package / MANIFEST
+    path.write_bytes(path.read_bytes() + b"\n")
+    for damage in (flip_byte, append_byte):
+        damage(package)
+    message = fault(package)
+    assert message.startswith("3 faults: manifest.json has been changed; ")
+    assert all(name in message for name in ("weights.bin", "plan.json"))
+
+
+def test_the_seal_is_the_hash_of_the_manifest_with_the_seal_made_zeros(package: Path) -> None:
+    data = (package / MANIFEST).read_bytes()
+    manifest = check_files(package)
+    unsealed = manifest.model_copy(update={"manifest_sha256": UNSEALED})
+    assert manifest.manifest_sha256 == hashlib.sha256(dump_record(unsealed)).hexdigest()
+    assert data == dump_record(manifest) == seal_manifest(manifest)
+
+
+def test_a_seal_that_occurs_twice_is_refused(package: Path) -> None:
+    path = package / MANIFEST
+    document = json.loads(path.read_bytes())
+    # Zeros in both places hash to a digest that, put into both, fits if no one counts.
+    document["manifest_sha256"] = document["plan_sha256"] = "a" * 64
+    text = json.dumps(document)
+    blank = text.replace("a" * 64, UNSEALED).encode()
+    path.write_text(text.replace("a" * 64, hashlib.sha256(blank).hexdigest()))
+    assert fault(package) == "1 fault: manifest.json has been changed"
+
+
+def test_names_like_the_seal_elsewhere_do_not_mislead_it(package: Path) -> None:
+    lookalike = f'\n "manifest_sha256": "{UNSEALED}'
+    versions = {"manifest_sha256": UNSEALED, lookalike: lookalike}
+    manifest = check_files(package).model_copy(update={"library_versions": versions})
+    (package / MANIFEST).write_bytes(seal_manifest(manifest))
+    assert check_files(package).library_versions == versions
 
 
 def manifest_as_link(package: Path) -> None:

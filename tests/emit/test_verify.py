@@ -19,9 +19,12 @@ from edgeqdm.backends import load_backend
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Array, Evaluate, KernelCount
 from edgeqdm.emit.export import export_onnx
+from edgeqdm.emit.integrity import seal_manifest
 from edgeqdm.emit.package import emit_package, exportable
 from edgeqdm.emit.verify import verify_package
 from edgeqdm.errors import VerifyError
+from edgeqdm.ir.codec import read_record
+from edgeqdm.ir.package import Manifest
 from edgeqdm.quantize.modules import StepClock, SteppedNetwork
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 from edgeqdm.testing.conformance import STEPS, EagerBackend, quantize_tiny, small_denoiser
@@ -54,6 +57,12 @@ def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(document))
 
 
+def edit_manifest(package: Path, change: Callable[[Any], Any]) -> None:
+    path = package / "manifest.json"
+    edit_json(path, change)
+    path.write_bytes(seal_manifest(read_record(path, Manifest)))
+
+
 def reseal(package: Path) -> None:
     """Make the manifest list exactly what lies there, as an attacker would."""
 
@@ -70,7 +79,7 @@ def reseal(package: Path) -> None:
         if "plan.json" in manifest["files"]:
             manifest["plan_sha256"] = manifest["files"]["plan.json"]["sha256"]
 
-    edit_json(package / "manifest.json", relist)
+    edit_manifest(package, relist)
 
 
 def edit_golden(package: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -140,7 +149,7 @@ def _set(field: str, value: Any) -> Callable[[Any], None]:
 def test_manifest_that_tells_another_story_is_found(
     package: Path, backend: EagerBackend, field: str, value: Any, message: str
 ) -> None:
-    edit_json(package / "manifest.json", _set(field, value))
+    edit_manifest(package, _set(field, value))
     fails(package, backend, "EQ-8202", message)
 
 

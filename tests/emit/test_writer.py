@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from edgeqdm.emit import writer
-from edgeqdm.emit.integrity import check_files
+from edgeqdm.emit.integrity import check_files, seal_manifest
 from edgeqdm.emit.writer import Staging, staged_package, write_file_atomically
 from edgeqdm.errors import OutputError
 from edgeqdm.ir.codec import dump_record
 from edgeqdm.ir.model import Conditioning, Decoder, ModelInfo
-from edgeqdm.ir.package import Manifest
+from edgeqdm.ir.package import UNSEALED, Manifest
 
 EMPTY_MANIFEST = Manifest(
     edgeqdm_version="0.1.0",
@@ -43,11 +43,12 @@ EMPTY_MANIFEST = Manifest(
     integer_layers=0,
     library_versions={},
     files={},
+    manifest_sha256=UNSEALED,
 )
 
 
 def seal(staging: Staging) -> None:
-    staging.seal(dump_record(EMPTY_MANIFEST.model_copy(update={"files": staging.files})))
+    staging.seal(seal_manifest(EMPTY_MANIFEST.model_copy(update={"files": staging.files})))
 
 
 def emit(out: Path, content: bytes = b"new", **options: Any) -> None:
@@ -556,10 +557,10 @@ EMIT = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from edgeqdm.emit import writer
-from edgeqdm.emit.integrity import check_files
+from edgeqdm.emit.integrity import check_files, seal_manifest
 from edgeqdm.emit.writer import staged_package
 from edgeqdm.errors import OutputError
-from edgeqdm.ir.codec import dump_record, parse_record
+from edgeqdm.ir.codec import parse_record
 from edgeqdm.ir.package import Manifest
 
 manifest = parse_record(sys.argv[1].encode(), Manifest, name="argument")
@@ -570,7 +571,7 @@ def emit():
     with staged_package(out, force=True) as staging:
         for index in range(6):
             staging.write(f"part{index}/data.bin", os.urandom(16 * 1024), "model")
-        staging.seal(dump_record(manifest.model_copy(update={"files": staging.files})))
+        staging.seal(seal_manifest(manifest.model_copy(update={"files": staging.files})))
 """
 
 KILLED = """

@@ -57,7 +57,7 @@ def onnx_affine(x: Floats, scale: float, zero_point: int) -> tuple[NDArray[np.ui
         codes, y = EVALUATOR.run(
             None, {"x": x, "scale": np.float32(scale), "zero_point": np.uint8(zero_point)}
         )
-    return codes, y
+    return np.asarray(codes), np.asarray(y)
 
 
 def affine(x: Floats, scale: float, zero_point: int) -> tuple[Floats, Floats]:

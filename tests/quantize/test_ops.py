@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def convolve(
     bias: Tensor | None = None,
     table: Tensor = TABLE,
 ) -> Tensor:
-    return qconv2d(
+    found: Tensor = qconv2d(
         x,
         weight,
         weight_scale,
@@ -100,6 +101,7 @@ def convolve(
         geometry.dilation,
         geometry.groups,
     )
+    return found
 
 
 @pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
@@ -159,9 +161,16 @@ def test_convolution_accumulates_exactly(geometry: Geometry, zero_point: int) ->
 
 def test_convolution_bias_is_added_after_the_output_is_rounded() -> None:
     x, weight, bias = torch.randn(1, 4, 5, 5), random_weight(3, 4, 1, 1), torch.randn(3)
-    scales = {"weight_scale": torch.full((3,), 0.01), "out_scale": torch.full((3,), 0.25)}
-    plain = convolve(x, weight, Geometry(), zero_point=128, **scales)
-    biased = convolve(x, weight, Geometry(), zero_point=128, bias=bias, **scales)
+    run = partial(
+        convolve,
+        x,
+        weight,
+        Geometry(),
+        weight_scale=torch.full((3,), 0.01),
+        zero_point=128,
+        out_scale=torch.full((3,), 0.25),
+    )
+    plain, biased = run(), run(bias=bias)
     assert torch.equal(biased, plain + bias[:, None, None])
     assert bool((plain / 0.25 == (plain / 0.25).round()).all())
 
@@ -185,11 +194,19 @@ def test_convolution_output_clips_to_256_codes(out_zero_point: int) -> None:
 def test_both_carriers_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(3, 64), random_weight(8, 64)
     image, kernel = torch.randn(2, 4, 6, 6), random_weight(8, 4, 3, 3)
-    scales = {"weight_scale": torch.rand(8), "out_scale": torch.full((3,), 0.5)}
+    image_scale, out_scale = torch.rand(8), torch.full((3,), 0.5)
 
     def outputs() -> tuple[Tensor, Tensor]:
-        linear = qlinear(x, weight, torch.rand(8).fill_(0.01), None, TABLE, 9, STEP)
-        return linear, convolve(image, kernel, Geometry(), zero_point=9, **scales)
+        linear = qlinear(x, weight, torch.full((8,), 0.01), None, TABLE, 9, STEP)
+        convolved = convolve(
+            image,
+            kernel,
+            Geometry(),
+            weight_scale=image_scale,
+            zero_point=9,
+            out_scale=out_scale,
+        )
+        return linear, convolved
 
     in_float32 = outputs()
     monkeypatch.setattr(ops, "FLOAT32_EXACT", 0)

@@ -2,8 +2,8 @@
 
     python tools/benchmarks/peers.py --model unet-fmnist --model dit-fmnist -o build/peers.json
 
-Every row is measured in one process. CPU time is that of one thread for one network evaluation of
-one image, the variants interleaved in changing order. Image error is that of free runs from equal
+Every row is measured in one process. CPU time is that of one thread for one step of one image,
+guidance included, the variants interleaved in changing order. Image error is that of free runs from equal
 noise against the float model in torch. All quantizers see the same trajectories of the float model.
 A quantizer that fails keeps its row, with the text of its error.
 """
@@ -279,7 +279,7 @@ def main(
     ],
     images: Annotated[int, typer.Option(help="images per seed of the free runs")] = 64,
     fid: Annotated[int, typer.Option(help="images for feature-FID, 0 for none")] = 1000,
-    rounds: Annotated[int, typer.Option(help="timed evaluations per variant")] = 300,
+    rounds: Annotated[int, typer.Option(help="timed steps per variant")] = 300,
     work: Annotated[Path, typer.Option(help="calibration is kept here")] = Path("build/peers"),
 ) -> None:
     """Measure and print all rows of every model, and write them as JSON."""

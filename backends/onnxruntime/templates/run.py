@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import playback  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[2]
+SCHEMA_VERSION = 1
 EXIT_INPUT, EXIT_OUTPUT, EXIT_VERIFY = 3, 7, 8
 
 
@@ -40,13 +41,17 @@ class RunError(Exception):
 
 
 def check_hashes(package: Path) -> None:
-    """Raise RunError unless every file the manifest lists is there and unchanged."""
+    """Raise RunError unless the manifest and every file it lists are there and unchanged."""
     try:
-        files = json.loads((package / "manifest.json").read_text("utf-8"))["files"]
+        data = (package / "manifest.json").read_bytes()
+        manifest = json.loads(data.decode("utf-8"))
+        check_version(manifest["schema_version"])
+        sealed = is_sealed(data, manifest["manifest_sha256"])
+        files = manifest["files"]
         listed = {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(EXIT_VERIFY, f"manifest.json cannot be read: {error!r}") from error
-    bad = []
+    bad = [] if sealed else ["manifest.json (changed)"]
     for name, (sha256, size) in sorted(listed.items()):
         path = package / name
         if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
@@ -59,6 +64,21 @@ def check_hashes(package: Path) -> None:
             bad.append(f"{name} (changed)")
     if bad:
         raise RunError(EXIT_VERIFY, "package is damaged: " + ", ".join(bad))
+
+
+def check_version(found: object) -> None:
+    """Raise RunError unless this is the version of the manifest that this runtime reads."""
+    if found != SCHEMA_VERSION:
+        reason = f"manifest.json has schema_version {found!r}, this runtime reads {SCHEMA_VERSION}"
+        raise RunError(EXIT_VERIFY, f"{reason} - use the runtime that came with the package")
+
+
+def is_sealed(data: bytes, seal: str) -> bool:
+    """Whether `seal` is the SHA-256 of the manifest's bytes with its own digits made zeros."""
+    digits = seal.encode()
+    if len(digits) != 64 or data.count(digits) != 1:
+        return False
+    return hashlib.sha256(data.replace(digits, b"0" * 64)).hexdigest() == seal
 
 
 def open_network(package: Path, threads: int) -> playback.Evaluate:
