@@ -278,9 +278,7 @@ def bench(
     scheduler: Scheduler = None,
     conditioning: Embeddings = None,
     online: Online = False,
-    rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Timed steps.")
-    ] = 60,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps.")] = 60,
     images: Annotated[
         int, typer.Option(metavar="N", min=1, help="Images compared with the float model.")
     ] = 16,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from edgeqdm import load, pipeline, run, verify
 from edgeqdm.errors import InputError, OutputError, VerifyError
 from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.models.sampler import compile_sampler
 from edgeqdm.testing.tiny import write_tiny_unet
 
 STEPS = 4
@@ -52,7 +55,11 @@ def test_two_runs_with_one_seed_give_one_picture(package: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"label": "99"}, "out of range"), ({"label": "Hat"}, "unknown label"), ({"count": 0}, "count")],
+    [
+        ({"label": "99"}, "out of range"),
+        ({"label": "Hat"}, "unknown label"),
+        ({"count": 0}, "count"),
+    ],
 )
 def test_wrong_label_or_count_is_named(
     package: Path, tmp_path: Path, options: dict[str, object], text: str
@@ -83,24 +90,9 @@ def test_bench_reports_float_first_and_both_measured(package: Path, denoiser: De
 
 
 def test_bench_refuses_a_model_with_another_sampler(package: Path, denoiser: Denoiser) -> None:
-    other = Denoiser(
-        denoiser.module,
-        denoiser.info,
-        load_steps(denoiser, 5),
-        denoiser.guidance,
-        None,
-        None,
-    )
+    other = replace(denoiser, program=compile_sampler(DDIMScheduler(), STEPS + 1))
     with pytest.raises(InputError, match="sampler"):
         pipeline.bench(package, model=other, rounds=1, images=1)
-
-
-def load_steps(denoiser: Denoiser, steps: int):  # type: ignore[no-untyped-def]
-    from diffusers import DDIMScheduler
-
-    from edgeqdm.models.sampler import compile_sampler
-
-    return compile_sampler(DDIMScheduler(), steps)
 
 
 @pytest.mark.parametrize("stage", ["trajectories", "observe", "correct", "emit"])

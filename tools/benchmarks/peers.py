@@ -3,9 +3,9 @@
     python tools/benchmarks/peers.py --model unet-fmnist --model dit-fmnist -o build/peers.json
 
 Every row is measured in one process. CPU time is that of one thread for one step of one image,
-guidance included, the variants interleaved in changing order. Image error is that of free runs from equal
-noise against the float model in torch. All quantizers see the same trajectories of the float model.
-A quantizer that fails keeps its row, with the text of its error.
+guidance included, the variants interleaved in changing order. Image error is that of free runs
+from equal noise against the float model in torch. All quantizers see the same trajectories of the
+float model. A quantizer that fails keeps its row, with the text of its error.
 """
 
 from __future__ import annotations
