@@ -64,7 +64,7 @@ def package_settings(package: Path) -> PackageSettings:
     schedule = read_record(package / "schedule.json", ScheduleFile, error=VerifyError)
     return PackageSettings(
         name=name,
-        steps=schedule.program.n_steps,
+        steps=int(schedule.program.settings["steps"] or 0),
         guidance=schedule.guidance,
         eta=float(schedule.program.settings.get("eta") or 0.0),
     )

@@ -88,7 +88,7 @@ REPORT = BenchReport(
 )
 PROGRAM = SamplerProgram(
     sampler="DDIMScheduler",
-    settings={"eta": 0.5},
+    settings={"eta": 0.5, "steps": 3},
     prediction_type="epsilon",
     timesteps=(2.0, 1.0, 0.0),
     integer_timesteps=True,

@@ -11,20 +11,26 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
-from edgeqdm.errors import InputError
-from edgeqdm.models.reference.classifier import GarmentClassifier
+from edgeqdm.errors import InputError, NumericalError
+from edgeqdm.models.reference.classifier import FEATURES, GarmentClassifier
 
 SQNR_CAP_DB = 300.0
 FEATURE_BATCH = 250
 
 
 def sqnr_db(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Signal to error ratio in dB, `10 log10(sum ref^2 / sum (ref - found)^2)`; 300 if equal."""
+    """Signal to error ratio in dB, `10 log10(sum ref^2 / sum (ref - found)^2)`, within +-300.
+
+    Raises:
+        NumericalError: if either holds NaN or Inf.
+    """
     signal = float(np.sum(np.square(reference, dtype=np.float64)))
     error = float(np.sum(np.square(reference.astype(np.float64) - found)))
-    if error == 0.0:
-        return SQNR_CAP_DB
-    return min(SQNR_CAP_DB, 10.0 * float(np.log10(signal / error)))
+    if not np.isfinite(signal) or not np.isfinite(error):
+        raise NumericalError("EQ-5601", "samples hold NaN or Inf", hint="verify the package")
+    if error == 0.0 or signal == 0.0:
+        return SQNR_CAP_DB if error == 0.0 else -SQNR_CAP_DB
+    return max(-SQNR_CAP_DB, min(SQNR_CAP_DB, 10.0 * float(np.log10(signal / error))))
 
 
 def frechet_distance(
@@ -82,6 +88,13 @@ def garment_features(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float64], ND
     return np.concatenate(features), np.concatenate(labels)
 
 
+def check_fid_images(n_images: int) -> None:
+    """Raise InputError unless there are none, or enough for a covariance of full rank."""
+    if 0 < n_images <= FEATURES:
+        found = f"feature-FID needs at least {FEATURES + 1} images, got {n_images}"
+        raise InputError("EQ-3602", found, path="fid")
+
+
 def feature_fid(pixels: NDArray[np.uint8]) -> float:
     """Frechet distance of the classifier's features to those of the 10,000 test images.
 
@@ -90,8 +103,7 @@ def feature_fid(pixels: NDArray[np.uint8]) -> float:
     Args:
         pixels: uint8 [N, 32, 32, 1], N >= 65 for a covariance of full rank.
     """
-    if len(pixels) <= 64:
-        raise InputError("EQ-3602", f"feature-FID needs at least 65 images, got {len(pixels)}")
+    check_fid_images(len(pixels))
     features, _ = garment_features(pixels)
     _, mean, covariance = _classifier()
     return frechet_distance(features.mean(0), np.cov(features, rowvar=False), mean, covariance)

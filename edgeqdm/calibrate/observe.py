@@ -17,7 +17,7 @@ from edgeqdm.calibrate.trajectories import (
     load_tensors,
     save_tensors,
 )
-from edgeqdm.errors import NumericalError
+from edgeqdm.errors import NumericalError, UnsupportedError
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer
 from edgeqdm.numerics.ranges import StepRanges
@@ -37,26 +37,33 @@ class LayerObservation:
 class _Reservoir:
     """Extremes and an even sample of one tensor at every step, filled chunk by chunk."""
 
-    def __init__(self, n_steps: int, per_chunk: int, generator: torch.Generator) -> None:
+    def __init__(self, n_steps: int, generator: torch.Generator) -> None:
         self.low = torch.full((n_steps,), torch.inf)
         self.high = torch.full((n_steps,), -torch.inf)
         self.values: list[list[Tensor]] = [[] for _ in range(n_steps)]
-        self._per_chunk = per_chunk
         self._generator = generator
 
-    def add(self, step: int, x: Tensor) -> bool:
-        """Returns whether all values were finite."""
+    def add(self, step: int, x: Tensor, n_values: int) -> bool:
+        """Keeps n_values of x; returns whether all values were finite."""
         flat = x.reshape(-1)
         low, high = torch.aminmax(flat)
         if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
             return False
         self.low[step] = torch.minimum(self.low[step], low)
         self.high[step] = torch.maximum(self.high[step], high)
-        index = torch.randint(flat.numel(), (self._per_chunk,), generator=self._generator)
+        index = torch.randint(flat.numel(), (n_values,), generator=self._generator)
         self.values[step].append(flat[index])
         return True
 
-    def ranges(self) -> StepRanges:
+    def ranges(self, name: str) -> StepRanges:
+        missing = [step for step, values in enumerate(self.values) if not values]
+        if missing:
+            raise UnsupportedError(
+                "EQ-4203",
+                f"the layer does not run at {len(missing)} steps, the first is {missing[0]}",
+                path=name,
+                hint="only networks that run every layer at every step can be calibrated",
+            )
         samples = torch.stack([torch.cat(values) for values in self.values])
         return StepRanges(samples, self.low, self.high)
 
@@ -106,20 +113,22 @@ def observe(
 
     Raises:
         NumericalError: if an activation is NaN or Inf; names layer and step.
+        UnsupportedError: if a layer does not run at some step.
     """
     n_chunks = -(-trajectories.n_runs // CHUNK)
     generator = torch.Generator().manual_seed(seed)
-    per_chunk = max(1, SAMPLES_PER_STEP // n_chunks)
+    per_run = max(1, SAMPLES_PER_STEP // trajectories.n_runs)
 
     def reservoir() -> _Reservoir:
-        return _Reservoir(trajectories.n_steps, per_chunk, generator)
+        return _Reservoir(trajectories.n_steps, generator)
 
     fed = {name: reservoir() for name in layers}
     returned = {name: reservoir() for name in layers}
-    step = 0
+    step = n_runs = 0
 
     def seen(name: str, x: Tensor, y: Tensor) -> None:
-        if not fed[name].add(step, x) or not returned[name].add(step, y):
+        n_values = per_run * n_runs
+        if not fed[name].add(step, x, n_values) or not returned[name].add(step, y, n_values):
             raise NumericalError(
                 "EQ-5202",
                 f"an activation is NaN or Inf at step {step}",
@@ -132,13 +141,17 @@ def observe(
             runs = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
             conditioning = trajectories.conditioning
             mine = None if conditioning is None else conditioning[runs]
+            n_runs = trajectories.inputs[0, runs].shape[0]
             for step in range(trajectories.n_steps):
                 denoiser.predict(trajectories.inputs[step, runs], step, mine)
                 if progress is not None:
                     progress(
                         chunk * trajectories.n_steps + step + 1, n_chunks * trajectories.n_steps
                     )
-    return {name: LayerObservation(fed[name].ranges(), returned[name].ranges()) for name in layers}
+    return {
+        name: LayerObservation(fed[name].ranges(name), returned[name].ranges(name))
+        for name in layers
+    }
 
 
 def save_observations(observations: dict[str, LayerObservation], file: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from edgeqdm import __version__
 from edgeqdm.errors import InputError, NumericalError, OutputError
 from edgeqdm.ir.codec import digest
 from edgeqdm.models.denoiser import Denoiser
@@ -103,7 +104,7 @@ def collect_trajectories(
 
 
 def _chunk_key(denoiser: Denoiser, seed: int, images: range, conditioning: Tensor | None) -> str:
-    found = hashlib.sha256(denoiser.info.fingerprint.encode())
+    found = hashlib.sha256(f"{__version__} {digest(denoiser.info)}".encode())
     found.update(digest(denoiser.program).encode())
     found.update(digest(denoiser.guidance).encode())
     found.update(f"{seed} {images.start} {images.stop}".encode())
@@ -143,8 +144,8 @@ def _run_chunk(
     solver.run(
         solver.Table.from_json(denoiser.program.model_dump(mode="json")),
         predict,
-        philox.batch_normal(seed, 0, images, shape),
-        lambda step: philox.batch_normal(seed, 1 + step, images, shape),
+        philox.batch_normal(seed, philox.INITIAL_STREAM, images, shape),
+        lambda step: philox.batch_normal(seed, philox.step_stream(step), images, shape),
     )
     found = torch.stack(inputs), torch.stack(outputs)
     if file is not None:

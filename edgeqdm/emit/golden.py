@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeqdm.emit.playback import GOLDEN_SEED
 from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.numerics import philox, solver
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 
 GOLDEN_IMAGES = 2
-GOLDEN_SEED = 0x5EED
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from edgeqdm.emit.golden import Golden, make_golden
 from edgeqdm.emit.integrity import MANIFEST, seal_manifest
 from edgeqdm.emit.render import python_runtime
 from edgeqdm.emit.writer import staged_package
-from edgeqdm.errors import UnsupportedError
+from edgeqdm.errors import InputError, UnsupportedError
 from edgeqdm.ir.codec import digest, dump_record, parse_record
 from edgeqdm.ir.model import ModelInfo
 from edgeqdm.ir.package import UNSEALED, Manifest, ScheduleFile
@@ -33,8 +33,11 @@ LIBRARIES = ("diffusers", "numpy", "torch")
 def correction_key(quantized: QuantizedDenoiser) -> CorrectionKey:
     """What a correction measured on this quantized denoiser is valid for."""
     denoiser = quantized.denoiser
+    null = denoiser.null
+    model = hashlib.sha256(digest(denoiser.info).encode())
+    model.update(b"" if null is None else null.numpy().tobytes())
     return CorrectionKey(
-        model=denoiser.info.fingerprint,
+        model=model.hexdigest(),
         sampler=digest(denoiser.program),
         guidance=denoiser.guidance.scale,
         precision=precision_digest(quantized),
@@ -42,11 +45,23 @@ def correction_key(quantized: QuantizedDenoiser) -> CorrectionKey:
 
 
 def check_plan(plan: DeploymentPlan, info: ModelInfo, backend: Backend) -> None:
-    """Raise UnsupportedError listing every layer the target cannot run as planned."""
+    """Refuse a plan for another target, and what the target cannot do, layer by layer.
+
+    Raises:
+        InputError: if the plan is for another target.
+        UnsupportedError: listing layer, reason and the next best.
+    """
+    if plan.target != backend.name:
+        raise InputError(
+            "EQ-3303",
+            f"the plan is for target {plan.target!r}, not {backend.name!r}",
+            path="plan.target",
+            hint="make a plan for this target, or name the plan's",
+        )
     refused = backend.check(plan, info)
     if refused:
         listed = "; ".join(f"{u.layer}: {u.reason}, use {u.instead}" for u in refused[:10])
-        raise UnsupportedError("EQ-4303", f"{len(refused)} problems: {listed}", path=backend.name)
+        raise UnsupportedError("EQ-4201", f"{len(refused)} problems: {listed}", path=backend.name)
 
 
 def exportable(quantized: QuantizedDenoiser) -> Exportable:
@@ -82,10 +97,7 @@ def emit_package(
         InputError: the correction was measured on something else.
         OutputError: the package cannot be written.
     """
-    refused = backend.check(quantized.plan, quantized.info)
-    if refused:
-        listed = "; ".join(f"{u.layer}: {u.reason}, use {u.instead}" for u in refused[:10])
-        raise UnsupportedError("EQ-4201", f"{len(refused)} problems: {listed}", path=backend.name)
+    check_plan(quantized.plan, quantized.info, backend)
     if correction is not None:
         require_key(correction, correction_key(quantized))
     golden = make_golden(quantized, correction)

@@ -31,6 +31,9 @@ sqrt(2) of the noise, when the two roundings share nothing but their size."""
 FLOAT_NOISE = 1e-5
 """Least noise the self-test assumes, relative to the output: float32 sums in another order differ
 by about 1e-6, and a plan may leave every layer in float."""
+GOLDEN_SEED = 0x5EED
+SAMPLER_TOLERANCE = 1e-4
+"""Largest deviation of the replayed sampler: room for float32 rounding, not for a wrong number."""
 SAFETENSORS_DTYPES = {"F32": "<f4", "I64": "<i8"}
 
 
@@ -204,6 +207,31 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlaybackError(f"{path.name} is not a readable safetensors file: {error}") from error
+
+
+def replay_sampler(player: Player, golden: Mapping[str, NDArray[Any]]) -> float:
+    """Run the sampler on the golden outputs: noise, schedule and correction, without the network.
+
+    Args:
+        player: the package's schedule.
+        golden: `initial` [B, C, H, W], `outputs` and `samples` [S, B, C, H, W].
+
+    Returns:
+        Largest deviation of the initial noise and of any sample, over the largest golden sample.
+        A runtime with numpy's float32 arithmetic gets 0; another libm a few 1e-7.
+    """
+    images, shape = range(len(golden["initial"])), player.sample_shape
+    initial = philox.batch_normal(GOLDEN_SEED, philox.INITIAL_STREAM, images, shape)
+    off = [float(np.max(np.abs(initial - golden["initial"])))]
+    solver.run(
+        player.table,
+        lambda x, step: golden["outputs"][step],
+        initial,
+        lambda step: philox.batch_normal(GOLDEN_SEED, philox.step_stream(step), images, shape),
+        lambda step, x: off.append(float(np.max(np.abs(x - golden["samples"][step])))),
+    )
+    largest = max(off) if all(np.isfinite(off)) else float("inf")
+    return largest / max(1.0, float(np.max(np.abs(golden["samples"]))))
 
 
 def self_test(player: Player, evaluate: Evaluate, golden: Mapping[str, NDArray[Any]]) -> SelfTest:

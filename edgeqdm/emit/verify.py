@@ -55,7 +55,7 @@ def verify_package(package: Path, backend: Backend) -> Verification:
             path=package,
             hint="another runtime version optimises the graph differently; emit again for it",
         )
-    result = _replay(package, backend)
+    result, off = _replay(package, backend)
     if not result.passed:
         worst = max(range(len(result.deviation)), key=lambda i: _badness(result.deviation[i]))
         raise VerifyError(
@@ -64,6 +64,13 @@ def verify_package(package: Path, backend: Backend) -> Verification:
             f"quantization noise, at most {playback.GOLDEN_SHARE} is rounding",
             path=package,
             hint="this runtime computes something else; compare its version with the manifest",
+        )
+    if off > playback.SAMPLER_TOLERANCE:
+        raise VerifyError(
+            "EQ-8206",
+            f"the sampler does not reproduce the golden samples: they differ by {off:.1g}",
+            path=package / "schedule.json",
+            hint="schedule or correction was changed by hand: emit the package again",
         )
     return Verification(manifest, kernels, planned, result.deviation)
 
@@ -86,6 +93,7 @@ def _check_agreement(
         "schedule.decoder": (info.decoder, schedule.decoder),
         "schedule.sample_shape": (info.sample_shape, schedule.sample_shape),
         "schedule.label_names": (info.label_names, schedule.label_names),
+        **_correction_story(schedule),
         "schedule.golden_noise_rms": (manifest.n_steps, len(schedule.golden_noise_rms)),
     }
     wrong = [
@@ -98,12 +106,22 @@ def _check_agreement(
         raise VerifyError("EQ-8202", "; ".join(wrong), path=package, hint=hint)
 
 
-def _replay(package: Path, backend: Backend) -> playback.SelfTest:
+def _correction_story(schedule: ScheduleFile) -> dict[str, tuple[object, object]]:
+    if schedule.correction is None:
+        return {}
+    key = schedule.correction.key
+    return {
+        "schedule.correction.key.sampler": (digest(schedule.program), key.sampler),
+        "schedule.correction.key.guidance": (schedule.guidance, key.guidance),
+    }
+
+
+def _replay(package: Path, backend: Backend) -> tuple[playback.SelfTest, float]:
     evaluate = backend.open(package)
     try:
         player = playback.open_player(package)
         golden = playback.read_safetensors(package / "golden.safetensors")
-        return playback.self_test(player, evaluate, golden)
+        return playback.self_test(player, evaluate, golden), playback.replay_sampler(player, golden)
     except EdgeqdmError:
         raise
     # A runtime raises its own classes for tensors that do not fit its graph.

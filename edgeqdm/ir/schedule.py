@@ -33,7 +33,8 @@ class SamplerProgram(Record):
     sampler: str
     """Class name of the diffusers scheduler this was compiled from."""
     settings: dict[str, str | int | float | bool | None]
-    """Everything of the scheduler's configuration that the table depends on, eta included."""
+    """Everything of the scheduler's configuration that the table depends on, with `eta` and the
+    `steps` that were asked for, which some samplers exceed in evaluations."""
     prediction_type: str
     timesteps: tuple[float, ...]
     """What the network is fed at each step, [S]; descends."""
@@ -72,7 +73,7 @@ class CorrectionKey(Record):
     """What a correction was measured on. It is refused for anything else (PTQD, section 4)."""
 
     model: str
-    """Fingerprint of the float model."""
+    """SHA-256 over what is known of the float model, and its null conditioning."""
     sampler: str
     """SHA-256 of the SamplerProgram."""
     guidance: float

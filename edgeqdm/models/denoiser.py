@@ -187,7 +187,8 @@ class Denoiser:
             return None
         samples = self.conditioning_samples
         known = self.info.conditioning.n_labels if samples is None else len(samples)
-        index = (torch.arange(n) % known)[torch.randperm(n, generator=generator)]
+        drawn = torch.randperm(known, generator=generator)[torch.arange(n) % known]
+        index = drawn[torch.randperm(n, generator=generator)]
         return index if samples is None else samples[index]
 
     def _check(self, x: Tensor, conditioning: Tensor | None) -> None:
@@ -252,7 +253,8 @@ def wrap(
     check_finite(state)
     known = _wrapped_conditioning(samples, n_labels, null_label)
     shape = (x.shape[1], x.shape[2], x.shape[3])
-    structure = {path: type(part).__qualname__ for path, part in module.named_modules()}
+    # repr holds what weights do not: slopes, strides, numbers of heads.
+    structure = {path: repr(part) for path, part in module.named_modules()}
     info = ModelInfo(
         name=name,
         family=type(module).__name__,

@@ -178,17 +178,17 @@ def compile_sampler(scheduler: Any, n_steps: int, *, eta: float = 0.0) -> Sample
     _check_timesteps(own)
     _lift_to_float64(own)
     trace = _probe(own, options)
-    return _program(own, trace, eta)
+    return _program(own, trace, {"eta": float(eta), "steps": n_steps})
 
 
-def _program(scheduler: Any, trace: _Trace, eta: float) -> SamplerProgram:
+def _program(scheduler: Any, trace: _Trace, asked: dict[str, float]) -> SamplerProgram:
     name = type(scheduler).__name__
     rows = _shortened(trace.steps)
     _check_only_current(name, rows, _NOISE, "noise")
     _check_only_current(name, rows, _CLIPPED, "the clipped prediction")
     return SamplerProgram(
         sampler=name,
-        settings={**_scalars(scheduler), "eta": float(eta)},
+        settings={**_scalars(scheduler), **asked},
         prediction_type=_prediction_type(scheduler),
         timesteps=tuple(float(t) for t in scheduler.timesteps),
         integer_timesteps=not scheduler.timesteps.is_floating_point(),

@@ -119,7 +119,8 @@ def search_activation(ranges: StepRanges, *, power: float = LOSS_POWER) -> Activ
 
     Source: L2.4 search of PTQD section 3 (after BRECQ); per-step scales after TDQ, section 3.
     """
-    coarse = StepRanges(ranges.samples[:, :COARSE_SAMPLES], ranges.low, ranges.high)
+    stride = max(1, ranges.samples.shape[1] // COARSE_SAMPLES)
+    coarse = StepRanges(ranges.samples[:, ::stride], ranges.low, ranges.high)
     energy = coarse.samples.abs().pow(power).mean(-1)
     energy = energy.clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -119,7 +119,7 @@ def quantize(
         UnsupportedError: if the plan has more than one phase.
         NumericalError: if an int32 accumulator could overflow; names the layer.
     """
-    _check_plan(denoiser, plan)
+    check_plan(denoiser, plan)
     clock = StepClock()
     module = copy.deepcopy(denoiser.module)
     quantized = plan.phases[0].quantized()
@@ -139,7 +139,7 @@ def quantize(
     return QuantizedDenoiser(denoiser, plan, network, _tables_sha256(module))
 
 
-def _check_plan(denoiser: Denoiser, plan: DeploymentPlan) -> None:
+def check_plan(denoiser: Denoiser, plan: DeploymentPlan) -> None:
     if plan.model != denoiser.info.fingerprint:
         raise InputError(
             "EQ-3202",

@@ -90,7 +90,8 @@ def test_samples_are_values_of_the_tensor_at_their_own_step(
 ) -> None:
     inputs, _ = replayed(denoiser, trajectories, name)
     samples = observed[name].input.samples
-    assert samples.shape == (STEPS, SAMPLES_PER_STEP)
+    assert samples.shape[0] == STEPS
+    assert 0.9 * SAMPLES_PER_STEP < samples.shape[1] <= SAMPLES_PER_STEP
     for step in range(STEPS):
         assert bool(torch.isin(samples[step], inputs[step]).all())
 

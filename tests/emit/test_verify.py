@@ -242,6 +242,17 @@ def test_edited_golden_outputs_are_found(package: Path, backend: EagerBackend) -
     fails(package, backend, "EQ-8204", "golden run not met")
 
 
+@pytest.mark.parametrize("name", ["initial", "samples"])
+def test_sampler_that_gives_other_samples_is_found(
+    package: Path, backend: EagerBackend, name: str
+) -> None:
+    def shift(tensors: dict[str, Any]) -> None:
+        tensors[name][-1] += 0.01
+
+    edit_golden(package, shift)
+    fails(package, backend, "EQ-8206", "does not reproduce")
+
+
 def _without_inputs(tensors: dict[str, Any]) -> None:
     del tensors["inputs"]
 
