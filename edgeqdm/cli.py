@@ -250,6 +250,9 @@ def run(
         str | None, typer.Option(help="Label or labels, by number or name: 3 or 3,5 or Bag.")
     ] = None,
     count: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of images.")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One embedding per image, .npy.")
+    ] = None,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of the runtime.")] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -265,7 +268,15 @@ def run(
     with output.working() as progress, stage("run", progress):
         from edgeqdm import pipeline
 
-        report = pipeline.run(package, out, seed=seed, label=label, count=count, threads=threads)
+        report = pipeline.run(
+            package,
+            out,
+            seed=seed,
+            label=label,
+            count=count,
+            embedding=embedding,
+            threads=threads,
+        )
     output.result({"picture": str(out), "report": report}, report)
 
 

@@ -56,6 +56,7 @@ from edgeqdm.errors import (
     EdgeqdmError,
     InputError,
     OutputError,
+    ResourceError,
     UnsupportedError,
     VerifyError,
 )
@@ -259,9 +260,19 @@ def run(
     seed: int = 0,
     label: str | None = None,
     count: int | None = None,
+    embedding: str | Path | None = None,
     threads: int = 1,
 ) -> str:
     """Sample with a package's own runtime, in a process that cannot import torch.
+
+    Args:
+        package: folder of the package.
+        out: PNG file to write.
+        seed: of the noise.
+        label: label or labels, by number or name, comma-separated; default all once.
+        count: number of images.
+        embedding: `.npy` file with one embedding per image, for models that take embeddings.
+        threads: of the runtime.
 
     Returns:
         The runtime's one-line report.
@@ -269,6 +280,7 @@ def run(
     arguments = ["--seed", str(seed), "--out", str(out), "--threads", str(threads)]
     arguments += [] if label is None else ["--label", label]
     arguments += [] if count is None else ["--count", str(count)]
+    arguments += [] if embedding is None else ["--embedding", str(embedding)]
     return run_package(Path(package), arguments)
 
 
@@ -296,11 +308,17 @@ def run_package(package: Path, arguments: list[str]) -> str:
 
 
 def _runtime_error(exit_code: int, message: str, package: Path) -> EdgeqdmError:
-    if exit_code == VerifyError.exit_code:
-        return VerifyError("EQ-8701", message, path=package)
+    if exit_code in (2, InputError.exit_code):
+        return InputError("EQ-3702", message, path=package)
+    if exit_code == UnsupportedError.exit_code:
+        return UnsupportedError("EQ-4701", message, path=package)
     if exit_code == OutputError.exit_code:
         return OutputError("EQ-7701", message)
-    return InputError("EQ-3702", message, path=package)
+    if exit_code == VerifyError.exit_code:
+        return VerifyError("EQ-8701", message, path=package)
+    if exit_code in (ResourceError.exit_code, -signal.SIGKILL):
+        return ResourceError("EQ-9701", message, path=package, hint="draw fewer images at once")
+    return EdgeqdmError("EQ-0701", message, path=package)
 
 
 def _target_of(package: Path) -> str:

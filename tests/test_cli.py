@@ -290,6 +290,7 @@ def test_run_hands_every_option_on(calls: Calls) -> None:
         "seed": 3,
         "label": "Bag,2",
         "count": 4,
+        "embedding": None,
         "threads": 2,
     }
 

@@ -103,6 +103,8 @@ def check_conditioning(player: Player, conditioning: NDArray[Any] | None, n_imag
     shape = (n_images, *wanted["shape"])
     if conditioning.shape != shape:
         raise PlaybackError(f"conditioning must be {shape}, got {conditioning.shape}")
+    if (conditioning.dtype.kind in "iu") != (wanted["kind"] == "label"):
+        raise PlaybackError(f"this model needs a {wanted['kind']}, not {conditioning.dtype}")
     if wanted["kind"] == "label":
         outside = conditioning[(conditioning < 0) | (conditioning >= wanted["n_labels"])]
         if outside.size:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ try:
     import numpy as np
     import onnxruntime as ort
 except ImportError as missing:
-    sys.exit(f"error: {missing.name} is not installed - pip install numpy onnxruntime")
+    print(f"error: {missing.name} is missing - pip install numpy onnxruntime", file=sys.stderr)
+    sys.exit(4)
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -29,7 +32,7 @@ import playback  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1
-EXIT_INPUT, EXIT_OUTPUT, EXIT_VERIFY = 3, 7, 8
+EXIT_INPUT, EXIT_OUTPUT, EXIT_VERIFY, EXIT_RESOURCE, EXIT_INTERNAL = 3, 7, 8, 9, 10
 
 
 class RunError(Exception):
@@ -118,13 +121,20 @@ def parse_labels(player: playback.Player, text: str | None, count: int | None) -
     except ValueError:
         known = ", ".join(player.label_names) or f"0..{n_labels - 1}"
         raise playback.PlaybackError(f"unknown label in {text!r}; known: {known}") from None
-    repeated = labels * (count or 1) if len(labels) == 1 else labels
-    return np.array(repeated, np.int64)
+    if len(labels) > 1 and count not in (None, len(labels)):
+        raise playback.PlaybackError(f"--count {count} contradicts {len(labels)} labels")
+    outside = [label for label in labels if not 0 <= label < n_labels]
+    if outside:
+        raise playback.PlaybackError(f"label {outside[0]} is out of range 0..{n_labels - 1}")
+    return np.array(labels * (count or 1) if len(labels) == 1 else labels, np.int64)
 
 
 def read_embeddings(path: Path) -> Any:
     """Embeddings float32 [B, ...] of a .npy file."""
-    found = np.load(path, allow_pickle=False)
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise playback.PlaybackError(f"{path} is not a .npy file: {error}") from error
     if not isinstance(found, np.ndarray) or found.ndim == 0:
         raise playback.PlaybackError(f"{path} does not hold one embedding per image")
     return found.astype(np.float32)
@@ -184,6 +194,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.out is None:
         raise RunError(2, "nothing to do: give --out FILE.png or --self-test")
+    if arguments.embedding is not None and (arguments.label or arguments.count):
+        raise RunError(EXIT_INPUT, "--embedding decides alone: leave --label and --count out")
     if arguments.embedding is not None:
         conditioning = read_embeddings(arguments.embedding)
     else:
@@ -208,10 +220,9 @@ def run(arguments: argparse.Namespace) -> None:
     image = playback.sheet(playback.decode(player, samples), arguments.columns)
     write_atomically(arguments.out, playback.png(image))
     if arguments.latents is not None:
-        with tempfile.TemporaryFile() as buffer:
-            np.save(buffer, samples)
-            buffer.seek(0)
-            write_atomically(arguments.latents, buffer.read())
+        buffer = io.BytesIO()
+        np.save(buffer, samples)
+        write_atomically(arguments.latents, buffer.getvalue())
     if not arguments.quiet:
         print(f"{arguments.out}: {n_images} images, seed {arguments.seed}, {seconds:.2f} s")
 
@@ -229,8 +240,16 @@ def main() -> int:
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_INPUT
+    except MemoryError:
+        print("error: out of memory - draw fewer images at once", file=sys.stderr)
+        return EXIT_RESOURCE
     except KeyboardInterrupt:
         return 130
+    # The runtime raises classes of its own; whatever it is, the user gets one line.
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        print(f"error: internal: {type(error).__name__}: {reason}", file=sys.stderr)
+        return EXIT_INTERNAL
     return 0
 
 
