@@ -284,7 +284,6 @@ def test_table_equals_the_loop_of_diffusers_for_any_schedule(
         (lambda: UNIPC(), (3, 3)),
         (lambda: UNIPC(solver_order=3), (4, 4)),
         (lambda: DEIS(**EPS), (1, 2)),
-        (lambda: diffusers.LMSDiscreteScheduler(), (1, 4)),
     ],
 )
 def test_history_is_as_short_as_the_sampler_allows(

@@ -134,7 +134,7 @@ def peers(
         return out
 
     excluded = left_in_float(graph, denoiser)
-    # Per channel, all ops ends in a graph that its own runtime refuses for the UNet.
+    # All ops per channel fails on more graphs than per tensor; both can end in a refused graph.
     yield "static QDQ, all ops, per tensor", lambda: make_static("all", per_channel=False)
     matrix = {"per_channel": True, "op_types_to_quantize": MATRIX_OPS}
     yield "static QDQ, Conv/MatMul/Gemm", lambda: make_static("matrix", **matrix)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
+import os
+import runpy
 import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from edgeqdm import pipeline
 from edgeqdm.emit import playback
 from edgeqdm.emit.integrity import check_files, seal_manifest
-from edgeqdm.errors import VerifyError
+from edgeqdm.errors import (
+    EdgeqdmError,
+    InputError,
+    OutputError,
+    ResourceError,
+    UnsupportedError,
+    VerifyError,
+)
 from edgeqdm.ir.model import Conditioning, Decoder, ModelInfo
 from edgeqdm.ir.package import SCHEMA_VERSION, UNSEALED, Artifact, Manifest
+from edgeqdm.numerics.solver import Table
 
 CONTENTS = {"plan.json": b"{}\n", "weights.bin": bytes(range(16))}
 MANIFEST = Manifest(
