@@ -159,3 +159,204 @@ def test_runtime_refuses_a_manifest_of_another_form(
     path = package / "manifest.json"
     path.write_text(json.dumps(change(json.loads(path.read_bytes()))))
     assert "manifest.json" in refusal(runtime, package)
+
+
+LABELS = {"kind": "label", "shape": [], "n_labels": 10, "null_label": None}
+EMBEDDING = {"kind": "embedding", "shape": [2], "n_labels": 0, "null_label": None}
+PROGRAM = {
+    "timesteps": [900.0, 100.0],
+    "integer_timesteps": True,
+    "initial_sigma": 1.0,
+    "input_scale": [1.0, 1.0],
+    "sample_weights": [[0.9], [0.8]],
+    "output_weights": [[0.1], [0.2]],
+    "noise_std": [0.1, 0.0],
+    "clip": None,
+}
+SessionRun = Callable[[Any, dict[str, Any]], list[Any]]
+Main = Callable[..., tuple[int, str]]
+
+
+def echo(_: Any, fed: dict[str, Any]) -> list[Any]:
+    return [next(iter(fed.values()))]
+
+
+class Session:
+    """A session of three inputs that computes what a test asks for."""
+
+    def __init__(self, run: SessionRun) -> None:
+        self.run = run
+
+    def get_inputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in ("sample", "step", "conditioning")]
+
+
+@pytest.fixture
+def main(
+    runtime: ModuleType,
+    package: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Main:
+    """Run the program on an untouched package: exit code and standard error."""
+
+    def call(
+        *arguments: str, kind: dict[str, Any] = LABELS, run: SessionRun = echo
+    ) -> tuple[int, str]:
+        player = playback.Player(
+            table=Table.from_json(PROGRAM),
+            guidance=1.0,
+            conditioning=kind,
+            decoder={"kind": "identity", "factor": 1},
+            sample_shape=(1, 2, 2),
+            label_names=(),
+            null_embedding=None,
+            golden_noise_rms=(0.1, 0.1),
+        )
+        monkeypatch.setattr(runtime, "PACKAGE", package)
+        monkeypatch.setattr(playback, "open_player", lambda _: player)
+        monkeypatch.setattr(runtime.ort, "InferenceSession", lambda *_, **__: Session(run))
+        monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(package / "x.png"), *arguments])
+        return runtime.main(), capsys.readouterr().err
+
+    return call
+
+
+def embedding_file(folder: Path, value: NDArray[Any]) -> str:
+    path = folder / "e.npy"
+    np.save(path, value)
+    return str(path)
+
+
+def test_runtime_draws_labels_and_embeddings(main: Main, tmp_path: Path) -> None:
+    assert main("--label", "3,5", "--count", "2") == (0, "")
+    assert main("--label", "3", "--count", "4") == (0, "")
+    latents = tmp_path / "latents.npy"
+    file = embedding_file(tmp_path, np.zeros((3, 2)))
+    assert main("--embedding", file, "--latents", str(latents), kind=EMBEDDING) == (0, "")
+    assert np.load(latents).shape == (3, 1, 2, 2)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--label=99999999999999999999", "label 99999999999999999999 is out of range 0..9"),
+        ("--label=-1", "label -1 is out of range 0..9"),
+        ("--label 3,5 --count 8", "--count 8 contradicts 2 labels"),
+        ("--embedding e.npy --label 3", "--embedding decides alone"),
+        ("--embedding e.npy --count 3", "--embedding decides alone"),
+        ("--threads 0", "--threads must be at least 1"),
+        ("--count 0", "--count must be at least 1"),
+        ("--seed 18446744073709551616", "seed"),
+    ],
+)
+def test_runtime_refuses_wrong_options_on_one_line(
+    main: Main, arguments: str, message: str
+) -> None:
+    exit_code, shown = main(*arguments.split())
+    assert exit_code == InputError.exit_code
+    assert shown.startswith(f"error: {message}")
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04truncated", b"\x93NUMPY\x01\x00", b"text"])
+def test_runtime_refuses_a_damaged_embedding_file(main: Main, tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "e.npy"
+    path.write_bytes(data)
+    exit_code, shown = main("--embedding", str(path), kind=EMBEDDING)
+    assert exit_code == InputError.exit_code
+    assert shown.startswith(f"error: {path} is not a .npy file: ")
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (EMBEDDING, np.zeros(()), "does not hold one embedding per image"),
+        (EMBEDDING, np.zeros((1, 3)), "conditioning must be (1, 2), got (1, 3)"),
+        (LABELS, np.zeros(1), "this model needs a label, not float32"),
+    ],
+)
+def test_runtime_refuses_wrong_embeddings(
+    main: Main, tmp_path: Path, kind: dict[str, Any], value: NDArray[Any], message: str
+) -> None:
+    exit_code, shown = main("--embedding", embedding_file(tmp_path, value), kind=kind)
+    assert exit_code == InputError.exit_code
+    assert message in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "message"),
+    [
+        (RuntimeError("first\nsecond"), 10, "error: internal: RuntimeError: first\n"),
+        (MemoryError("x"), ResourceError.exit_code, "error: out of memory - draw fewer images"),
+    ],
+)
+def test_a_failure_of_the_session_is_one_line(
+    main: Main, error: Exception, exit_code: int, message: str
+) -> None:
+    def failing(*_: Any) -> list[Any]:
+        raise error
+
+    found, shown = main("--label", "3", run=failing)
+    assert found == exit_code
+    assert shown.startswith(message)
+    assert len(shown.splitlines()) == 1
+
+
+def test_a_full_disk_is_named_with_the_latents(
+    main: Main, runtime: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replace = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if target.suffix == ".npy":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(runtime.os, "replace", full)
+    latents = tmp_path / "latents.npy"
+    expected = f"error: cannot write {latents}: No space left on device\n"
+    assert main("--latents", str(latents)) == (OutputError.exit_code, expected)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "numpy"])
+def test_a_missing_library_ends_with_4(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    source = files("edgeqdm.backends.onnxruntime").joinpath("templates/run.py")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(source))
+    assert ended.value.code == UnsupportedError.exit_code
+    expected = f"error: {name} is missing - pip install numpy onnxruntime\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "kind", "code"),
+    [
+        (2, InputError, "EQ-3702"),
+        (3, InputError, "EQ-3702"),
+        (4, UnsupportedError, "EQ-4701"),
+        (7, OutputError, "EQ-7701"),
+        (8, VerifyError, "EQ-8701"),
+        (9, ResourceError, "EQ-9701"),
+        (-9, ResourceError, "EQ-9701"),
+        (1, EdgeqdmError, "EQ-0701"),
+        (10, EdgeqdmError, "EQ-0701"),
+        (-11, EdgeqdmError, "EQ-0701"),
+    ],
+)
+def test_an_exit_code_of_the_runtime_becomes_the_error_it_stands_for(
+    package: Path, exit_code: int, kind: type[EdgeqdmError], code: str
+) -> None:
+    script = package / "runtime" / "python" / "run.py"
+    script.parent.mkdir(parents=True)
+    end = f"os.kill(os.getpid(), {-exit_code})" if exit_code < 0 else f"sys.exit({exit_code})"
+    script.write_text(f"import os, sys\nprint('error: why', file=sys.stderr, flush=True)\n{end}\n")
+    with pytest.raises(EdgeqdmError) as caught:
+        pipeline.run(package, "x.png", embedding="e.npy")
+    assert (type(caught.value), caught.value.code) == (kind, code)
