@@ -288,7 +288,8 @@ def run_package(package: Path, arguments: list[str]) -> str:
     """Run a package's `run.py` where torch cannot be imported; raises as its exit code says."""
     script = package / "runtime" / "python" / "run.py"
     if not script.is_file():
-        raise InputError("EQ-3701", "not a package of this tool: no runtime in it", path=package)
+        found = "not a package: no runtime in it" if package.is_dir() else "no such package"
+        raise InputError("EQ-3701", found, path=package, hint="give a folder that emit made")
     block = (
         "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"

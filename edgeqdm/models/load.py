@@ -504,17 +504,19 @@ def _scheduler(wanted: Any, source: _Source) -> Any:
 
 
 def _check_same_training(wanted: Any, own: Any, root: Path) -> None:
-    for key in _TRAINED_WITH:
-        if key not in wanted.config or key not in own.config:
-            continue
-        if wanted.config[key] != own.config[key]:
-            found, trained = describe(wanted.config[key]), describe(own.config[key])
-            raise ModelError(
-                "EQ-3132",
-                f"{key} of the scheduler is {found}, the model was trained with {trained}",
-                path=root,
-                hint="give it by name, e.g. scheduler='euler': the model's own values are kept",
-            )
+    differing = [
+        f"{key} of the scheduler is {describe(wanted.config[key])}, the model was trained with "
+        f"{describe(own.config[key])}"
+        for key in _TRAINED_WITH
+        if key in wanted.config and key in own.config and wanted.config[key] != own.config[key]
+    ]
+    if differing:
+        raise ModelError(
+            "EQ-3132",
+            "; ".join(differing),
+            path=root,
+            hint="make it with from_config of the model's own scheduler, or give it by name",
+        )
 
 
 def _read_scheduler(folder: Path) -> Any:

@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +131,20 @@ def parse_labels(player: playback.Player, text: str | None, count: int | None) -
 def read_embeddings(path: Path) -> Any:
     """Embeddings float32 [B, ...] of a .npy file."""
     try:
-        found = np.load(path, allow_pickle=False)
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        # Not np.load: it also opens archives, and leaves a damaged one open.
+        with path.open("rb") as file:
+            found = np.lib.format.read_array(file, allow_pickle=False)
+    except (EOFError, ValueError) as error:
         raise playback.PlaybackError(f"{path} is not a .npy file: {error}") from error
-    if not isinstance(found, np.ndarray) or found.ndim == 0:
+    if found.dtype.kind != "f":
+        raise playback.PlaybackError(f"{path} holds {found.dtype}, embeddings are floats")
+    if found.ndim == 0 or len(found) == 0:
         raise playback.PlaybackError(f"{path} does not hold one embedding per image")
-    return found.astype(np.float32)
+    with np.errstate(over="ignore"):
+        embeddings = found.astype(np.float32)
+    if not np.isfinite(embeddings).all():
+        raise playback.PlaybackError(f"{path} holds NaN or a value beyond float32")
+    return embeddings
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -274,6 +274,9 @@ def test_runtime_refuses_a_damaged_embedding_file(main: Main, tmp_path: Path, da
     ("kind", "value", "message"),
     [
         (EMBEDDING, np.zeros(()), "does not hold one embedding per image"),
+        (EMBEDDING, np.zeros((0, 2)), "does not hold one embedding per image"),
+        (EMBEDDING, np.zeros((1, 2), np.int64), "holds int64, embeddings are floats"),
+        (EMBEDDING, np.full((1, 2), 1e300), "holds NaN or a value beyond float32"),
         (EMBEDDING, np.zeros((1, 3)), "conditioning must be (1, 2), got (1, 3)"),
         (LABELS, np.zeros(1), "this model needs a label, not float32"),
     ],
