@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import ActivationPolicy, Precision
 from edgeqdm.ir.record import Record
 
 
@@ -13,7 +13,25 @@ class LayerAssignment(Record):
 
     layer: str
     precision: Precision
+    activation: ActivationPolicy | None = None
+    """None: what the precision implies, see `policy`."""
     reason: str
+
+    @property
+    def policy(self) -> ActivationPolicy:
+        """Where the scale of the layer's input comes from."""
+        return self.activation or self.precision.policies[0]
+
+    @model_validator(mode="after")
+    def _one_policy_per_tensor(self) -> LayerAssignment:
+        allowed = self.precision.policies
+        if self.policy not in allowed:
+            raise ValueError(
+                f"layer {self.layer}: precision {self.precision} and activation "
+                f"{self.activation} exclude each other on one tensor; "
+                f"{self.precision} takes {' or '.join(allowed)}"
+            )
+        return self
 
 
 class Phase(Record):
@@ -23,9 +41,17 @@ class Phase(Record):
     stop: int = Field(gt=0)
     layers: tuple[LayerAssignment, ...]
 
-    def quantized(self) -> tuple[str, ...]:
-        """Names of the layers that are not left in float."""
-        return tuple(a.layer for a in self.layers if a.precision is not Precision.FP32)
+    def integer_layers(self) -> tuple[str, ...]:
+        """Names of the layers that an integer kernel computes."""
+        return tuple(a.layer for a in self.layers if a.precision.integer)
+
+    @model_validator(mode="after")
+    def _a_layer_has_one_precision(self) -> Phase:
+        names = [assignment.layer for assignment in self.layers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"phase {self.start}..{self.stop} names {', '.join(twice)} twice")
+        return self
 
 
 class DeploymentPlan(Record):
@@ -37,6 +63,11 @@ class DeploymentPlan(Record):
     """Fingerprint of the float model."""
     n_steps: int = Field(gt=0)
     phases: tuple[Phase, ...]
+
+    @property
+    def n_integer_layers(self) -> int:
+        """Integer layers of a step, the most of any phase."""
+        return max(len(phase.integer_layers()) for phase in self.phases)
 
     @model_validator(mode="after")
     def _phases_cover_all_steps(self) -> DeploymentPlan:

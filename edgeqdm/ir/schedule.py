@@ -5,12 +5,20 @@ One step of every linear sampler is
     x_next = sum_k a[i, k] x[i - k] + sum_j b[i, j] f[i - j] + c[i] z[i] + d[i] clip(x0_hat[i])
 
 with `x[i]` the sample before step i, `f[i]` the network output at `input_scale[i] * x[i]` after
-guidance and correction, and z ~ N(0, 1). Steps ascend, step 0 is the noisiest.
+guidance and correction, and z ~ N(0, 1). Steps ascend, step 0 is the noisiest. Where the network
+says the variance of the noise itself, `c[i]` is a factor of its standard deviation.
 """
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Any
+
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from edgeqdm.ir.record import Record
 
@@ -25,6 +33,25 @@ class ClipStep(Record):
     """q, [S]"""
     weight: tuple[float, ...]
     """d, [S]: share of the clipped prediction in the next sample."""
+
+
+class LearnedVariance(Record):
+    """Variance of the noise, elementwise out of v, a second half of the output's channels.
+
+    With bounds, `log variance = r log_max[i] + (1 - r) log_min[i]` and `r = (v + 1) / 2` (Nichol &
+    Dhariwal 2021, equation 15, https://arxiv.org/abs/2102.09672). Without, it is v.
+    """
+
+    log_min: tuple[float, ...] | None = None
+    """[S]; 0 where a step adds no noise."""
+    log_max: tuple[float, ...] | None = None
+    """[S]; 0 where a step adds no noise."""
+
+    @model_validator(mode="after")
+    def _bounds_come_in_pairs(self) -> LearnedVariance:
+        if (self.log_min is None) != (self.log_max is None):
+            raise ValueError("log_min and log_max must both be given, or neither")
+        return self
 
 
 class SamplerProgram(Record):
@@ -51,6 +78,8 @@ class SamplerProgram(Record):
     noise_std: tuple[float, ...]
     """c, [S]; 0 where a step adds no noise."""
     clip: ClipStep | None = None
+    learned_variance: LearnedVariance | None = None
+    """The network's output has 2C channels where this is given; not written where it is not."""
 
     @property
     def n_steps(self) -> int:
@@ -61,12 +90,19 @@ class SamplerProgram(Record):
         columns = [self.input_scale, self.sample_weights, self.output_weights, self.noise_std]
         if self.clip is not None:
             columns += [self.clip.sample_weight, self.clip.output_weight, self.clip.weight]
+        learned = self.learned_variance
+        if learned is not None and learned.log_min is not None and learned.log_max is not None:
+            columns += [learned.log_min, learned.log_max]
         if not self.timesteps or any(len(column) != len(self.timesteps) for column in columns):
             raise ValueError(f"every table must have one row per timestep ({len(self.timesteps)})")
         for table in (self.sample_weights, self.output_weights):
             if not table[0] or len({len(row) for row in table}) != 1:
                 raise ValueError("weight tables must be rectangular and not empty")
         return self
+
+    @model_serializer(mode="wrap")
+    def _omit_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(handler(self), "learned_variance")
 
 
 class CorrectionKey(Record):
@@ -81,6 +117,15 @@ class CorrectionKey(Record):
     """SHA-256 of the precision of every layer at every step, and of the scale tables."""
 
 
+class AbsorbedVariance(Record):
+    """What quantization noise takes out of a learned variance, elementwise and down to 1e-20."""
+
+    variance: tuple[tuple[float, ...], ...]
+    """[S, C], of what the quantization noise adds to the next sample."""
+    largest_share: float = Field(ge=0, le=1)
+    """Of the learned variance, that may be taken."""
+
+
 class CorrectedSchedule(Record):
     """Per step: `f <- gain[i] (f - bias[i, c])`, then `noise_std[i]` instead of c[i]."""
 
@@ -92,4 +137,18 @@ class CorrectedSchedule(Record):
     noise_std: tuple[tuple[float, ...], ...]
     """[S, C]; never larger than the sampler's own."""
     clamped: tuple[bool, ...]
-    """[S]; True where quantization noise exceeds the step's noise and only part is absorbed."""
+    """[S]; True where quantization noise exceeds the step's noise and only part is absorbed; of a
+    learned variance, where it exceeds the upper bound."""
+    absorbed: AbsorbedVariance | None = None
+    """With a learned variance only; not written where it is not given."""
+
+    @model_serializer(mode="wrap")
+    def _omit_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(handler(self), "absorbed")
+
+
+def _without_none(tree: dict[str, Any], field: str) -> dict[str, Any]:
+    # A value without the field has the digest it had before there was such a field.
+    if tree.get(field) is None:
+        tree.pop(field, None)
+    return tree
