@@ -8,6 +8,9 @@ are added in the order in which they are written above, and a term whose weight 
 is left out (under a correction, c where it is 0 for every channel). A runtime in another language
 that keeps to this gets the same bits.
 
+Where the network says the variance of the noise, in a second half of its channels, c z becomes
+c s z with s its standard deviation, see `LearnedVariance`; s is as exact as the library's exp.
+
 This module imports nothing but numpy: it is copied as it is into every package.
 """
 
@@ -23,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+
+_SMALLEST_VARIANCE = np.float32(1e-20)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,27 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class LearnedVariance:
+    """Standard deviation s of the noise out of v, the second half of the output's channels.
+
+        s = exp(0.5 (r log_max[i] + (1 - r) log_min[i])), r = 0.5 (v + 1)
+        s = sqrt(max(v, 1e-20))    without bounds
+
+    and, under a correction, with q = max(s s, 1e-20),
+
+        s <- s sqrt(max(1 - min(absorbed[i, c] / q, largest_share), 1e-20 / q))
+    """
+
+    log_min: Array | None
+    """[S]"""
+    log_max: Array | None
+    """[S]"""
+    absorbed: Array | None
+    """[S, C]"""
+    largest_share: np.float32
+
+
+@dataclass(frozen=True)
 class Table:
     """A compiled sampler, its coefficients rounded to float32."""
 
@@ -68,6 +94,7 @@ class Table:
     """c, [S]; [S, C] where there is a correction."""
     clip: Clip | None = None
     correction: Correction | None = None
+    learned_variance: LearnedVariance | None = None
 
     @property
     def n_steps(self) -> int:
@@ -105,6 +132,7 @@ class Table:
             ),
             clip=_clip(program.get("clip"), n_steps),
             correction=_correction(correction, n_steps),
+            learned_variance=_learned(program.get("learned_variance"), correction, n_steps),
         )
 
     def adds_noise(self, step: int) -> bool:
@@ -143,6 +171,7 @@ def advance(
     samples: Sequence[Array],
     outputs: Sequence[Array],
     noise: Array | None,
+    variance: Array | None = None,
 ) -> Array:
     """The sample after step `step`.
 
@@ -153,6 +182,7 @@ def advance(
             many as there are yet.
         outputs: (f[i], f[i-1], ...), newest first and corrected, alike; H of them.
         noise: z, float32 [B, C, H, W]; not looked at where the step adds none.
+        variance: v, float32 [B, C, H, W], where the table has a learned variance.
 
     Returns:
         x[i+1], float32 [B, C, H, W].
@@ -169,7 +199,8 @@ def advance(
     if table.adds_noise(step):
         if noise is None:
             raise ValueError(f"step {step} adds noise, but none was given")
-        terms.append(_noise_std(table, step, noise) * np.asarray(noise, dtype=np.float32))
+        std = _noise_std(table, step, noise, variance)
+        terms.append(std * np.asarray(noise, dtype=np.float32))
     if table.clip is not None and table.clip.weight[step] != 0:
         terms.append(table.clip.weight[step] * _clipped(table.clip, step, samples[0], outputs[0]))
     total = terms[0] if terms else np.zeros_like(samples[0])
@@ -190,7 +221,7 @@ def run(
     Args:
         table: the sampler.
         predict: the network: (`input_scale[i] * x[i]` float32 [B, C, H, W], step) -> f[i], same
-            shape, guidance included.
+            shape, guidance included; [B, 2C, H, W] where the table has a learned variance.
         initial: unit-normal noise, float32 [B, C, H, W]; `initial_sigma` is applied here.
         noise: step -> z float32 [B, C, H, W]; called once per step that adds noise.
         on_step: is told (step, x[i+1]) after each step.
@@ -206,12 +237,11 @@ def run(
     sample = table.initial_sigma * np.asarray(initial, dtype=np.float32)
     for step in range(table.n_steps):
         output = np.asarray(predict(table.input_scale[step] * sample, step), dtype=np.float32)
-        if output.shape != sample.shape:
-            raise ValueError(f"step {step}: output is {output.shape}, the sample {sample.shape}")
+        output, variance = _split(table, step, output, sample.shape)
         samples.appendleft(sample)
         outputs.appendleft(correct(table, step, output))
         drawn = noise(step) if table.adds_noise(step) else None
-        sample = advance(table, step, tuple(samples), tuple(outputs), drawn)
+        sample = advance(table, step, tuple(samples), tuple(outputs), drawn, variance)
         if on_step is not None:
             on_step(step, sample)
     return sample
@@ -222,6 +252,20 @@ def _checked_step(table: Table, step: int) -> int:
     if not 0 <= index < table.n_steps:
         raise IndexError(f"step {index} is outside 0..{table.n_steps - 1}")
     return index
+
+
+def _split(
+    table: Table, step: int, output: Array, shape: tuple[int, ...]
+) -> tuple[Array, Array | None]:
+    """The prediction and, where the table has a learned variance, what says it."""
+    learned = table.learned_variance is not None
+    batch, channels, *size = shape
+    if output.shape != (batch, 2 * channels if learned else channels, *size):
+        raise ValueError(
+            f"step {step}: output is {output.shape}, the sample {shape}"
+            + (", with twice its channels expected" if learned else "")
+        )
+    return (output[:, :channels], output[:, channels:]) if learned else (output, None)
 
 
 def _weighted(name: str, weights: Array, values: Sequence[Array]) -> Iterator[Array]:
@@ -239,11 +283,37 @@ def _clipped(clip: Clip, step: int, sample: Array, output: Array) -> Array:
     return clipped
 
 
-def _noise_std(table: Table, step: int, noise: Array) -> Array | np.float32:
+def _noise_std(table: Table, step: int, noise: Array, variance: Array | None) -> Array | np.float32:
+    factor = _noise_factor(table, step, noise)
+    if table.learned_variance is None:
+        return factor
+    if variance is None:
+        raise ValueError(f"step {step} takes its variance from the network, but none was given")
+    std: Array = factor * _learned_std(table.learned_variance, step, variance)
+    return std
+
+
+def _noise_factor(table: Table, step: int, noise: Array) -> Array | np.float32:
     std = table.noise_std[step]
     if table.correction is None:
         return np.float32(std)
     return _per_channel("noise_std", std, noise)
+
+
+def _learned_std(learned: LearnedVariance, step: int, variance: Array) -> Array:
+    if learned.log_min is None or learned.log_max is None:
+        std = np.sqrt(np.maximum(variance, _SMALLEST_VARIANCE))
+    else:
+        share = np.float32(0.5) * (variance + np.float32(1))
+        upper, lower = share * learned.log_max[step], (1 - share) * learned.log_min[step]
+        std = np.exp(np.float32(0.5) * (upper + lower))
+    if learned.absorbed is None:
+        return std
+    budget = np.maximum(std * std, _SMALLEST_VARIANCE)
+    absorbed = _per_channel("absorbed", learned.absorbed[step], variance) / budget
+    left = np.float32(1) - np.minimum(absorbed, learned.largest_share)
+    reduced: Array = std * np.sqrt(np.maximum(left, _SMALLEST_VARIANCE / budget))
+    return reduced
 
 
 def _per_channel(name: str, values: Array, like: Array) -> Array:
@@ -282,4 +352,24 @@ def _correction(correction: Mapping[str, Any] | None, n_steps: int) -> Correctio
     return Correction(
         gain=_table("gain", correction["gain"], (n_steps,)),
         bias=_table("bias", correction["bias"], (n_steps, None)),
+    )
+
+
+def _learned(
+    learned: Mapping[str, Any] | None, correction: Mapping[str, Any] | None, n_steps: int
+) -> LearnedVariance | None:
+    if learned is None:
+        return None
+    bounds = [
+        None if (row := learned.get(name)) is None else _table(name, row, (n_steps,))
+        for name in ("log_min", "log_max")
+    ]
+    taken = None if correction is None else correction.get("absorbed")
+    return LearnedVariance(
+        log_min=bounds[0],
+        log_max=bounds[1],
+        absorbed=None
+        if taken is None
+        else _table("absorbed.variance", taken["variance"], (n_steps, None)),
+        largest_share=np.float32(0.0 if taken is None else taken["largest_share"]),
     )

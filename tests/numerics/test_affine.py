@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from edgeqdm.numerics.affine import (
-    ACTIVATION_MAX,
     MIN_SCALE,
-    WEIGHT_MAX,
+    activation_max,
     dequantize_activation,
     quantize_activation,
     quantize_weight,
+    weight_max,
 )
 
 Floats = NDArray[np.float32]
 
 SCALES = st.floats(2.0**-60, 2.0**40, width=32)
-ZERO_POINTS = st.integers(0, ACTIVATION_MAX)
+ZERO_POINTS = st.integers(0, activation_max(8))
 VALUES = hnp.arrays(np.float32, 32, elements=st.floats(-(2.0**100), 2.0**100, width=32))
 
 
@@ -84,7 +84,7 @@ def test_half_ties_go_to_the_even_neighbour_like_onnx(exponent: int, zero_point:
     ties = ((np.arange(-300, 300) + 0.5) * scale).astype(np.float32)
     codes, _ = affine(ties, scale, zero_point)
     np.testing.assert_array_equal(codes, onnx_affine(ties, scale, zero_point)[0])
-    inside = (codes > 0) & (codes < ACTIVATION_MAX)
+    inside = (codes > 0) & (codes < activation_max(8))
     assert np.all((codes[inside] - zero_point) % 2 == 0)
 
 
@@ -93,21 +93,21 @@ def test_codes_are_integers_in_range_and_clip_to_the_nearest_end(
     x: Floats, scale: float, zero_point: int
 ) -> None:
     codes, _ = affine(x, scale, zero_point)
-    assert np.all((codes >= 0) & (codes <= ACTIVATION_MAX) & (codes == np.rint(codes)))
+    assert np.all((codes >= 0) & (codes <= activation_max(8)) & (codes == np.rint(codes)))
     quotient = x.astype(np.float64) / scale + zero_point
     assert np.all(codes[quotient < -1] == 0)
-    assert np.all(codes[quotient > ACTIVATION_MAX + 1] == ACTIVATION_MAX)
+    assert np.all(codes[quotient > activation_max(8) + 1] == activation_max(8))
 
 
 @given(x=VALUES, scale=SCALES, zero_point=ZERO_POINTS)
 def test_error_is_at_most_half_a_scale_where_nothing_clips(
     x: Floats, scale: float, zero_point: int
 ) -> None:
-    low, high = -zero_point * scale, (ACTIVATION_MAX - zero_point) * scale
+    low, high = -zero_point * scale, (activation_max(8) - zero_point) * scale
     x = np.clip(x, low, high).astype(np.float32)
     _, y = affine(x, scale, zero_point)
     # Half a code, and the float32 rounding of a quotient and a product of at most 255 codes.
-    slack = 2 * ACTIVATION_MAX * np.finfo(np.float32).eps
+    slack = 2 * activation_max(8) * np.finfo(np.float32).eps
     assert np.all(np.abs(y.astype(np.float64) - x) <= (0.5 + slack) * scale)
 
 
@@ -145,7 +145,9 @@ def test_weight_codes_equal_an_integer_reference_per_output_channel(
 ) -> None:
     found = quantize_weight(torch.from_numpy(weight), torch.from_numpy(scale))
     assert found.dtype == torch.int8
-    expected = np.clip(np.rint(weight / scale[:, None]), -WEIGHT_MAX, WEIGHT_MAX).astype(np.int8)
+    expected = np.clip(np.rint(weight / scale[:, None]), -weight_max(8), weight_max(8)).astype(
+        np.int8
+    )
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
@@ -155,3 +157,48 @@ def test_weight_scale_is_taken_along_the_first_axis_of_any_shape(shape: tuple[in
     codes = quantize_weight(weight, torch.tensor([1.0, 2.0, 4.0]))
     assert codes.shape == shape
     assert bool((codes == 1).all())
+
+
+def onnx_codes_of_4_bits(x: Floats, scale: float, zero_point: int) -> Floats:
+    """`QuantizeLinear` to uint4, by onnx itself."""
+    kinds = onnx.TensorProto
+    held = [
+        onnx.helper.make_tensor("scale", kinds.FLOAT, [], [scale]),
+        onnx.helper.make_tensor("zero_point", kinds.UINT4, [], [zero_point]),
+    ]
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero_point"], ["codes"]),
+        onnx.helper.make_node("Cast", ["codes"], ["wide"], to=kinds.FLOAT),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "affine4",
+        [onnx.helper.make_tensor_value_info("x", kinds.FLOAT, [None])],
+        [onnx.helper.make_tensor_value_info("wide", kinds.FLOAT, [None])],
+        held,
+    )
+    opset = [onnx.helper.make_opsetid("", 21)]
+    evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opset))
+    return np.asarray(evaluator.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("zero_point", [0, 5, 8, 15])
+def test_codes_of_4_bits_equal_onnx_quantize_linear(zero_point: int) -> None:
+    x = np.concatenate([np.linspace(-9, 9, 301), np.arange(-20, 20) + 0.5]).astype(np.float32)
+    codes = quantize_activation(torch.from_numpy(x), torch.tensor(0.5), zero_point, 4)
+    np.testing.assert_array_equal(codes.numpy(), onnx_codes_of_4_bits(x, 0.5, zero_point))
+    assert set(codes.tolist()) == set(range(16))
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_weight_codes_are_symmetric_and_leave_out_the_lowest(bits: int) -> None:
+    weight = torch.tensor([[-1e6, -3.4, -0.5, 0.5, 1.5, 2.4, 1e6]])
+    codes = quantize_weight(weight, torch.ones(1), bits)
+    limit = 2 ** (bits - 1) - 1
+    assert codes.dtype == torch.int8
+    assert codes.tolist() == [[-limit, -3, 0, 0, 2, 2, limit]]
+
+
+@pytest.mark.parametrize(("bits", "activation", "weight"), [(4, 15, 7), (6, 63, 31), (8, 255, 127)])
+def test_largest_codes_of_a_width(bits: int, activation: int, weight: int) -> None:
+    assert (activation_max(bits), weight_max(bits)) == (activation, weight)

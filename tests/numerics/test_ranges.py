@@ -12,18 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeqdm.numerics.affine import (
-    ACTIVATION_MAX,
     MIN_SCALE,
-    WEIGHT_MAX,
+    activation_max,
     dequantize_activation,
     quantize_activation,
     quantize_weight,
+    weight_max,
 )
 from edgeqdm.numerics.ranges import (
     LOSS_POWER,
     ActivationScales,
     StepRanges,
     candidate_zero_points,
+    full_scale,
+    minmax_activation,
+    minmax_weight,
     search_activation,
     search_weight,
     search_with_zero_point,
@@ -52,8 +55,8 @@ def min_max(samples: Tensor, zero_point: int) -> ActivationScales:
     needed = torch.zeros_like(low)
     if zero_point > 0:
         needed = torch.maximum(needed, -low / zero_point)
-    if zero_point < ACTIVATION_MAX:
-        needed = torch.maximum(needed, high / (ACTIVATION_MAX - zero_point))
+    if zero_point < activation_max(8):
+        needed = torch.maximum(needed, high / (activation_max(8) - zero_point))
     scale = torch.where(needed > 0, needed.clamp(min=MIN_SCALE), torch.ones_like(needed))
     return ActivationScales(scale, zero_point)
 
@@ -83,7 +86,7 @@ def test_scales_are_finite_positive_and_zero_is_representable(
     assert found.scale.dtype == torch.float32
     assert found.scale.shape == (3,)
     assert bool(torch.isfinite(found.scale).all() and (found.scale >= MIN_SCALE).all())
-    assert 0 <= found.zero_point <= ACTIVATION_MAX
+    assert 0 <= found.zero_point <= activation_max(8)
     assert bool((rounded(torch.zeros(3, 1), found) == 0).all())
 
 
@@ -111,7 +114,7 @@ def test_one_sided_tensor_gets_zero_point_0_and_half_the_error_of_symmetric_code
 
 
 def test_tensor_below_zero_gets_zero_point_255() -> None:
-    assert search_activation(ranges_of(-torch.rand(4, 1024))).zero_point == ACTIVATION_MAX
+    assert search_activation(ranges_of(-torch.rand(4, 1024))).zero_point == activation_max(8)
 
 
 def test_silu_output_gets_a_zero_point_near_0() -> None:
@@ -185,7 +188,7 @@ def test_candidate_zero_points_are_sorted_codes_with_the_symmetric_one(
     found = candidate_zero_points(ranges_of(torch.from_numpy(samples)))
     assert list(found) == sorted(set(found))
     assert 128 in found
-    assert all(0 <= z <= ACTIVATION_MAX for z in found)
+    assert all(0 <= z <= activation_max(8) for z in found)
 
 
 @given(weight=hnp.arrays(np.float32, (4, 12), elements=st.floats(-1e6, 1e6, width=32)))
@@ -196,7 +199,7 @@ def test_weight_scale_is_never_worse_than_the_peak_and_keeps_codes_in_range(
     scale = search_weight(w)
     assert bool(torch.isfinite(scale).all() and (scale >= MIN_SCALE).all())
     peak = w.abs().amax(1)
-    full = torch.where(peak > 0, (peak / WEIGHT_MAX).clamp(min=MIN_SCALE), torch.ones_like(peak))
+    full = torch.where(peak > 0, (peak / weight_max(8)).clamp(min=MIN_SCALE), torch.ones_like(peak))
 
     def error(scale: Tensor) -> Tensor:
         return (quantize_weight(w, scale) * scale[:, None] - w).double().square().mean(1)
@@ -223,3 +226,98 @@ def test_weight_scales_of_channels_are_independent() -> None:
 def test_denormal_weights_get_a_finite_scale() -> None:
     scale = search_weight(torch.full((2, 3), 1e-44))
     assert scale.tolist() == [MIN_SCALE, MIN_SCALE]
+
+
+BITS = pytest.mark.parametrize("bits", [4, 8])
+
+
+def error_at(samples: Tensor, scales: ActivationScales) -> Tensor:
+    scale = scales.scale[:, None]
+    codes = quantize_activation(samples, scale, scales.zero_point, scales.bits)
+    return (dequantize_activation(codes, scale, scales.zero_point) - samples).abs()
+
+
+@BITS
+def test_search_of_any_width_is_never_worse_than_min_max(bits: int) -> None:
+    x = torch.randn(4, 2048) * torch.tensor([0.1, 1.0, 3.0, 10.0])[:, None] + 0.3
+    found = search_activation(ranges_of(x), bits=bits)
+    plain = minmax_activation(ranges_of(x), bits=bits)
+    assert found.bits == plain.bits == bits
+    assert 0 <= found.zero_point <= activation_max(bits)
+    # Over all steps: the zero_point they share need not be the best one of every step.
+    energy = x.abs().pow(LOSS_POWER).mean(1)
+    losses = [(error_at(x, s).pow(LOSS_POWER).mean(1) / energy).sum() for s in (found, plain)]
+    assert float(losses[0]) < float(losses[1])
+
+
+def test_fewer_bits_clip_more() -> None:
+    x = ranges_of(torch.randn(3, 4096))
+    found = {bits: search_activation(x, bits=bits).scale * activation_max(bits) for bits in (4, 8)}
+    assert bool((found[4] < 0.9 * found[8]).all())
+
+
+@BITS
+@given(samples=SAMPLES)
+@settings(max_examples=10)
+def test_min_max_clips_nothing_at_any_step(bits: int, samples: NDArray[np.float32]) -> None:
+    x = torch.from_numpy(samples)
+    found = minmax_activation(ranges_of(x), bits=bits)
+    assert 0 <= found.zero_point <= activation_max(bits)
+    # A side that the zero_point leaves without a code is narrower than half a code of the widest
+    # step; everything else is off by half a scale and the rounding of at most 255 codes.
+    span = (x.max().clamp(min=0) - x.min().clamp(max=0)) / activation_max(bits)
+    slack = 1 + 4 * activation_max(bits) * torch.finfo(torch.float32).eps
+    half = torch.maximum(found.scale, span)[:, None] / 2
+    assert bool((error_at(x, found) <= half * slack + 1e-30).all())
+
+
+def test_min_max_takes_the_zero_point_of_the_widest_range() -> None:
+    x = torch.tensor([[-1.0, 0.5], [-0.1, 3.0]])
+    found = minmax_activation(ranges_of(x))
+    assert found.zero_point == round(1.0 / 4.0 * 255)
+    expected = [1.0 / 64, 3.0 / (255 - 64)]
+    torch.testing.assert_close(found.scale, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_full_scale_of_4_bits_reaches_both_ends() -> None:
+    low, high = torch.tensor([-8.0, -1.0, 0.0]), torch.tensor([1.0, 7.0, 0.0])
+    assert full_scale(low, high, 8, 4).tolist() == [1.0, 1.0, 1.0]
+    # Without codes below 0 that side is clipped.
+    assert full_scale(low, high, 0, 4).tolist() == pytest.approx([1 / 15, 7 / 15, 1.0])
+
+
+def test_merged_ranges_are_one_row_of_all_samples_and_the_outermost_extremes() -> None:
+    seen = StepRanges(torch.randn(3, 8), torch.tensor([-2.0, -5, -1]), torch.tensor([4.0, 1, 9]))
+    found = seen.merged()
+    assert found.samples.shape == (1, 24)
+    assert torch.equal(found.samples.sort().values[0], seen.samples.flatten().sort().values)
+    assert (found.low.tolist(), found.high.tolist()) == ([-5.0], [9.0])
+    assert search_activation(found).scale.shape == (1,)
+
+
+def test_rows_of_some_steps_are_those_of_the_table() -> None:
+    seen = ranges_of(torch.randn(5, 8))
+    found = seen.at(range(1, 4))
+    assert torch.equal(found.samples, seen.samples[1:4])
+    assert torch.equal(found.low, seen.low[1:4])
+    assert torch.equal(found.high, seen.high[1:4])
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_weight_search_of_any_width_is_never_worse_than_min_max(bits: int) -> None:
+    weight = torch.randn(16, 72) * torch.logspace(-3, 3, 16)[:, None]
+    weight[3] = 0
+
+    def error(scale: Tensor) -> Tensor:
+        codes = quantize_weight(weight, scale, bits)
+        return (codes * scale[:, None] - weight).double().square().mean(1)
+
+    found, plain = search_weight(weight, bits), minmax_weight(weight, bits)
+    assert float(found[3]) == float(plain[3]) == 1.0
+    # Both sums are float32 inside the search.
+    assert bool((error(found) <= error(plain) * (1 + 1e-5)).all())
+    peak = weight.abs().amax(1)
+    reached = quantize_weight(weight, plain, bits).abs().amax(1)
+    assert bool(((reached == weight_max(bits)) == (peak > 0)).all())
+    if bits == 4:
+        assert float(error(found).sum()) < 0.95 * float(error(plain).sum())

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeqdm.ir.schedule import ClipStep, CorrectedSchedule, CorrectionKey, SamplerProgram
+from edgeqdm.ir.schedule import (
+    AbsorbedVariance,
+    ClipStep,
+    CorrectedSchedule,
+    CorrectionKey,
+    LearnedVariance,
+    SamplerProgram,
+)
 from edgeqdm.numerics import philox, solver
 
 SHAPE = (2, 3, 4, 5)
@@ -238,6 +245,99 @@ def test_float64_and_integer_input_is_brought_to_float32() -> None:
     expected = solver.run(table, predict, initial_noise(), step_noise)
     assert found.dtype == np.float32
     assert found.tobytes() == expected.tobytes()
+
+
+LOG_MIN, LOG_MAX = (-9.0, -8.0, -7.0, -6.0, 0.0), (-2.0, -2.5, -3.0, -3.5, 0.0)
+
+
+def learning_program(*, bounds: bool = True) -> SamplerProgram:
+    """One of another step's noise, which the network scales."""
+    learned = LearnedVariance(log_min=LOG_MIN, log_max=LOG_MAX) if bounds else LearnedVariance()
+    changes = {"learned_variance": learned, "noise_std": (1.0,) * (N_STEPS - 1) + (0.0,)}
+    return random_program(9, 1, 1).model_copy(update=changes)
+
+
+def absorbing(variance: float, *, share: float = 1.0) -> CorrectedSchedule:
+    table = ((variance,) * SHAPE[1],) * N_STEPS
+    absorbed = AbsorbedVariance(variance=table, largest_share=share)
+    neutral = {
+        "gain": (1.0,) * N_STEPS,
+        "bias": ((0.0,) * SHAPE[1],) * N_STEPS,
+        "noise_std": ((1.0,) * SHAPE[1],) * (N_STEPS - 1) + ((0.0,) * SHAPE[1],),
+    }
+    return random_correction(9).model_copy(update={**neutral, "absorbed": absorbed})
+
+
+def predict_both(sample: np.ndarray, step: int) -> np.ndarray:
+    return np.concatenate([predict(sample, step), np.sin(7 * sample)], axis=1)
+
+
+def drawn_std(
+    program: SamplerProgram, v: np.ndarray, correction: CorrectedSchedule | None = None
+) -> np.ndarray:
+    """Of the noise at step 1, in float64: the sample where all but the noise is 0."""
+    x, one = np.zeros_like(v), np.ones_like(v)
+    return solver.advance(table_of(program, correction), 1, (x,), (x,), one, v).astype(np.float64)
+
+
+def test_a_learned_variance_lies_between_its_bounds_in_logarithms() -> None:
+    v = np.linspace(-1.0, 1.0, num=int(np.prod(SHAPE)), dtype=np.float32).reshape(SHAPE)
+    share = (v.astype(np.float64) + 1) / 2
+    expected = np.exp(0.5 * (share * LOG_MAX[1] + (1 - share) * LOG_MIN[1]))
+    # float32
+    np.testing.assert_allclose(drawn_std(learning_program(), v), expected, rtol=1e-6)
+
+
+def test_a_variance_without_bounds_is_the_output_and_never_negative() -> None:
+    v = np.linspace(-1.0, 1.0, num=int(np.prod(SHAPE)), dtype=np.float32).reshape(SHAPE)
+    found = drawn_std(learning_program(bounds=False), v)
+    np.testing.assert_allclose(found, np.sqrt(np.maximum(v, 1e-20)), rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(absorbed=st.floats(0.0, 1.0), share=st.floats(0.0, 1.0), bounds=st.booleans())
+def test_p6_what_is_absorbed_leaves_a_learned_variance_elementwise(
+    absorbed: float, share: float, bounds: bool
+) -> None:
+    v = np.linspace(-1.0, 1.0, num=int(np.prod(SHAPE)), dtype=np.float32).reshape(SHAPE)
+    program = learning_program(bounds=bounds)
+    plain = np.maximum(drawn_std(program, v) ** 2, 1e-20)
+    expected = np.maximum(np.maximum(plain - absorbed, (1 - share) * plain), 1e-20)
+    found = drawn_std(program, v, absorbing(absorbed, share=share)) ** 2
+    # float32: a difference of nearly equal variances keeps 1e-7 of them.
+    assert np.all(np.abs(found - expected) <= 1e-6 * plain + 1e-25)
+    assert np.all(found > 0)
+
+
+def test_p2_nothing_absorbed_changes_no_bit_of_a_learned_variance() -> None:
+    program = learning_program()
+    plain = solver.run(table_of(program), predict_both, initial_noise(), step_noise)
+    again = table_of(program, absorbing(0.0))
+    corrected = solver.run(again, predict_both, initial_noise(), step_noise)
+    assert plain.tobytes() == corrected.tobytes()
+
+
+def test_only_the_prediction_of_a_learned_variance_is_corrected() -> None:
+    program = learning_program()
+    bias = {"bias": ((0.5,) * SHAPE[1],) * N_STEPS}
+
+    def shifted(sample: np.ndarray, step: int) -> np.ndarray:
+        f = predict_both(sample, step)
+        f[:, : SHAPE[1]] += np.float32(0.5)
+        return f
+
+    plain = solver.run(table_of(program), predict_both, initial_noise(), step_noise)
+    table = table_of(program, absorbing(0.0).model_copy(update=bias))
+    found = solver.run(table, shifted, initial_noise(), step_noise)
+    np.testing.assert_allclose(found, plain, rtol=0.0, atol=1e-5)
+
+
+def test_a_learned_variance_that_is_missing_is_refused() -> None:
+    table, x = table_of(learning_program()), initial_noise()
+    with pytest.raises(ValueError, match=r"output is \(2, 3, 4, 5\).*twice its channels"):
+        solver.run(table, predict, x, step_noise)
+    with pytest.raises(ValueError, match="step 1 takes its variance from the network"):
+        solver.advance(table, 1, (x,), (x,), x)
 
 
 @pytest.mark.parametrize("step", [-1, N_STEPS, 10**9])
