@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from edgeqdm import __version__
 from edgeqdm.errors import InputError, NumericalError, OutputError
 from edgeqdm.ir.codec import digest
 from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.models.weights import tensor_bytes
 from edgeqdm.numerics import philox, solver
 
 CHUNK = 16
@@ -162,7 +164,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {_CHECKSUM: _checksum(tensors)})
+        save_file(tensors, partial, {_CHECKSUM: checksum(tensors)})
         os.replace(partial, file)
     except (OSError, SafetensorError) as problem:
         raise OutputError(
@@ -172,7 +174,9 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
             hint="free some space or name another work folder, then run the same again",
         ) from problem
     finally:
-        partial.unlink(missing_ok=True)
+        # Its folder may be no folder: that is told by the error above.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load_tensors(file: Path) -> dict[str, Tensor] | None:
@@ -188,13 +192,14 @@ def load_tensors(file: Path) -> dict[str, Tensor] | None:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError):
         return None
-    return tensors if metadata.get(_CHECKSUM) == _checksum(tensors) else None
+    return tensors if metadata.get(_CHECKSUM) == checksum(tensors) else None
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     # A safetensors header says how long the data is, not what it is.
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.numpy().tobytes())
+        found.update(tensor_bytes(tensor))
     return found.hexdigest()
