@@ -22,7 +22,8 @@ from edgeqdm.numerics import philox, solver
 
 Array = NDArray[np.float32]
 Evaluate = Callable[[Array, int, NDArray[Any] | None], Array]
-"""(scaled sample [B, C, H, W], step, conditioning [B, ...]) -> network output [B, C, H, W]."""
+"""(scaled sample [B, C, H, W], step, conditioning [B, ...]) -> network output [B, C, H, W], or
+[B, 2C, H, W] with a learned variance."""
 GOLDEN_SHARE = 1.5
 """Largest RMS deviation of the self-test, as a share of the quantization noise itself. Two runtimes
 whose every layer agrees bit for bit still differ where float arithmetic between the layers puts an
@@ -118,6 +119,8 @@ def guided(
 ) -> Array:
     """Network output after classifier-free guidance, in one evaluation of twice the batch.
 
+    A learned variance is no score to be extrapolated: it is that of the conditional half.
+
     Source: Ho & Salimans 2022, equation 6 with s = 1 + w, https://arxiv.org/abs/2207.12598.
     """
     null = player.null()
@@ -126,7 +129,9 @@ def guided(
     both = np.concatenate([np.broadcast_to(null, conditioning.shape), conditioning])
     f = evaluate(np.concatenate([x, x]), step, both.astype(conditioning.dtype))
     f_null, f_cond = f[: len(x)], f[len(x) :]
-    return f_null + np.float32(player.guidance) * (f_cond - f_null)
+    channels = x.shape[1]
+    mean = f_null[:, :channels] + np.float32(player.guidance) * (f_cond - f_null)[:, :channels]
+    return mean if f.shape[1] == channels else np.concatenate([mean, f_cond[:, channels:]], 1)
 
 
 def sample(

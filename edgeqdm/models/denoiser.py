@@ -21,26 +21,38 @@ from edgeqdm.models.weights import check_finite, fingerprint
 Evaluate = Callable[[Tensor, Tensor | None], Tensor]
 
 
-class UnconditionalAdapter(Adapter):
+class DiffusersAdapter(Adapter):
+    """A diffusers network, whose learned variance is dropped unless the sampler reads it."""
+
+    keeps_variance = False
+    """Whether f is [B, 2C, H, W], with the learned variance in the second half of its channels."""
+
+    def _kept(self, f: Tensor, x: Tensor) -> Tensor:
+        if self.keeps_variance or f.shape[1] == x.shape[1]:
+            return f
+        return f[:, : x.shape[1]]
+
+
+class UnconditionalAdapter(DiffusersAdapter):
     """`UNet2DModel` without classes: x [B, C, H, W], t [B] -> f [B, C, H, W]."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return _mean(self.network(x, t, return_dict=False)[0], x)
+        return self._kept(self.network(x, t, return_dict=False)[0], x)
 
 
-class LabelAdapter(Adapter):
+class LabelAdapter(DiffusersAdapter):
     """`UNet2DModel` and `DiTTransformer2DModel` with classes: labels int64 [B]."""
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return _mean(self.network(x, t, class_labels=labels, return_dict=False)[0], x)
+        return self._kept(self.network(x, t, class_labels=labels, return_dict=False)[0], x)
 
 
-class EmbeddingAdapter(Adapter):
+class EmbeddingAdapter(DiffusersAdapter):
     """`UNet2DConditionModel`: embeddings float32 [B, L, D]."""
 
     def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
         f = self.network(x, t, encoder_hidden_states=embeddings, return_dict=False)[0]
-        return _mean(f, x)
+        return self._kept(f, x)
 
 
 class PlainAdapter(Adapter):
@@ -57,11 +69,6 @@ def first_tensor(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
-def _mean(f: Tensor, x: Tensor) -> Tensor:
-    # Networks with learned variance put it into a second half of the channels.
-    return f if f.shape[1] == x.shape[1] else f[:, : x.shape[1]]
-
-
 def guided(
     evaluate: Evaluate,
     x: Tensor,
@@ -72,6 +79,8 @@ def guided(
 ) -> Tensor:
     """Classifier-free guidance, `f = f_null + s (f_cond - f_null)`, in one evaluation.
 
+    A learned variance is no score to be extrapolated: it is that of f_cond.
+
     Args:
         evaluate: `(x [2B, ...], conditioning [2B, ...]) -> f [2B, ...]`; the first half is null.
             Where `s` is 1 it is called with `x` and `conditioning` as they are.
@@ -81,7 +90,7 @@ def guided(
         guidance: s.
 
     Returns:
-        f [B, C, H, W].
+        f [B, C, H, W]; [B, 2C, H, W] with a learned variance.
 
     Raises:
         InputError: if guidance is active and `conditioning` or `null` is missing.
@@ -96,7 +105,9 @@ def guided(
     nulls = null.to(conditioning).expand_as(conditioning)
     f = evaluate(torch.cat([x, x]), torch.cat([nulls, conditioning]))
     f_null, f_cond = f.chunk(2)
-    return f_null + guidance.scale * (f_cond - f_null)
+    channels = x.shape[1]
+    mean = f_null[:, :channels] + guidance.scale * (f_cond - f_null)[:, :channels]
+    return mean if f.shape[1] == channels else torch.cat([mean, f_cond[:, channels:]], 1)
 
 
 def check_labels(info: ModelInfo, labels: Tensor) -> None:
@@ -121,7 +132,8 @@ class Denoiser:
     """A network, what is known of it, its sampler and its guidance."""
 
     module: nn.Module
-    """Eval mode, float32: `(x [B, C, H, W], t [B], *conditioning) -> f [B, C, H, W]`."""
+    """Eval mode, float32: `(x [B, C, H, W], t [B], *conditioning) -> f [B, C, H, W]`, or
+    [B, 2C, H, W] where the program has a learned variance."""
     info: ModelInfo
     program: SamplerProgram
     guidance: Guidance
@@ -157,7 +169,7 @@ class Denoiser:
             module: evaluated instead of the float module, e.g. its quantized copy.
 
         Returns:
-            f, float32 [B, C, H, W].
+            f, float32 [B, C, H, W], or [B, 2C, H, W] where the program has a learned variance.
 
         Raises:
             InputError: if a shape, label or step does not belong to this model.
@@ -229,7 +241,8 @@ def wrap(
 
     Args:
         module: called as `module(x, t, *conditioning)`; returns f [B, C, H, W], alone, as the
-            first item of a tuple or as `.sample`.
+            first item of a tuple or as `.sample`; [B, 2C, H, W] where the scheduler takes its
+            variance from the network.
         scheduler: the diffusers scheduler whose noise the module was trained on.
         example_inputs: x float32 [B, C, H, W], t [B] and at most one conditioning tensor: labels
             int64 [B] or embeddings float32 [B, ...], which calibration then draws from.
@@ -297,9 +310,12 @@ def assemble(
         message = f"pixel_shuffle by {factor} does not fit {channels} channels"
         raise ModelError("EQ-3140", message, path=info.name)
     module.eval()
+    learned = program.learned_variance is not None
+    if isinstance(module, DiffusersAdapter):
+        module.keeps_variance = learned
     bare = Denoiser(module, info, program, guidance, conditioning_samples, null_embedding)
     inputs = _trial_inputs(bare)
-    _check_trial(module, inputs, info.name)
+    _check_trial(module, inputs, info.name, learned=learned)
     complete = info.model_copy(update={"layers": find_layers(module, *inputs)})
     return replace(bare, info=complete)
 
@@ -316,7 +332,9 @@ def _trial_inputs(denoiser: Denoiser) -> tuple[Tensor, ...]:
     return (*inputs, conditioning)
 
 
-def _check_trial(module: Adapter, inputs: tuple[Tensor, ...], name: str) -> None:
+def _check_trial(module: Adapter, inputs: tuple[Tensor, ...], name: str, *, learned: bool) -> None:
+    batch, channels, *size = inputs[0].shape
+    expected = [batch, 2 * channels if learned else channels, *size]
     try:
         with torch.no_grad():
             f = module(*inputs)
@@ -324,10 +342,11 @@ def _check_trial(module: Adapter, inputs: tuple[Tensor, ...], name: str) -> None
         shapes = ", ".join(f"{v.dtype} {list(v.shape)}" for v in inputs)
         message = f"the network cannot be run on ({shapes}): {error}"
         raise InputError("EQ-3137", message, path=name) from error
-    if not isinstance(f, Tensor) or f.shape != inputs[0].shape:
+    if not isinstance(f, Tensor) or list(f.shape) != expected:
         found = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
-        message = f"the network returned {found} instead of {list(inputs[0].shape)}"
-        raise InputError("EQ-3137", message, path=name)
+        message = f"the network returned {found} instead of {expected}"
+        hint = "this scheduler takes its variance from the network" if learned else None
+        raise InputError("EQ-3137", message, path=name, hint=hint)
     if not bool(torch.isfinite(f).all()):
         raise NumericalError("EQ-5122", "the network returns NaN or Inf on noise", path=name)
 

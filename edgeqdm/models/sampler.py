@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from edgeqdm.errors import InputError, ModelError, UnsupportedError
-from edgeqdm.ir.schedule import ClipStep, SamplerProgram
+from edgeqdm.ir.schedule import ClipStep, LearnedVariance, SamplerProgram
 
 Weights = NDArray[np.float64]
 
@@ -35,6 +35,8 @@ _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 _MAX_HISTORY = 16
 _TOLERANCE = 1e-12
 _N_CHECKS = 4
+
+_LEARNED = ("learned", "learned_range")
 
 # The kinds of input of a step; the rows of a weight matrix [4, S].
 _SAMPLE, _OUTPUT, _NOISE, _CLIPPED = range(4)
@@ -148,6 +150,9 @@ def _check_flow(name: str, config: Mapping[str, Any]) -> None:
 def compile_sampler(scheduler: Any, n_steps: int, *, eta: float = 0.0) -> SamplerProgram:
     """Compiles a scheduler to the table of a run of `n_steps` steps.
 
+    The variance of the noise may come from the network: variance_type "learned" and "learned_range"
+    of DDPM make a program with `learned_variance`.
+
     Args:
         scheduler: any diffusers scheduler that is linear in samples, outputs and noise; it is not
             changed.
@@ -177,8 +182,41 @@ def compile_sampler(scheduler: Any, n_steps: int, *, eta: float = 0.0) -> Sample
     _set_timesteps(own, n_steps)
     _check_timesteps(own)
     _lift_to_float64(own)
-    trace = _probe(own, options)
-    return _program(own, trace, {"eta": float(eta), "steps": n_steps})
+    asked = {"eta": float(eta), "steps": n_steps}
+    if not _learns_variance(own):
+        return _program(own, _probe(own, options), asked)
+    bounds = [_probe(_with_variance(own, kind), options) for kind in ("fixed_small", "fixed_large")]
+    own = _with_variance(own, scheduler.config.variance_type)
+    return _with_learned_variance(_program(own, bounds[1], asked), *bounds)
+
+
+def _learns_variance(scheduler: Any) -> bool:
+    kind = scheduler.config.get("variance_type")
+    return type(scheduler) is diffusers.DDPMScheduler and kind in _LEARNED
+
+
+def _with_variance(scheduler: Any, kind: str) -> Any:
+    own = copy.deepcopy(scheduler)
+    own.register_to_config(variance_type=kind)
+    own.variance_type = kind
+    return own
+
+
+def _with_learned_variance(program: SamplerProgram, lower: _Trace, upper: _Trace) -> SamplerProgram:
+    """The program with the bounds, `fixed_small` and `fixed_large`, in place of its own noise."""
+    noisy = [std != 0.0 for std in program.noise_std]
+    learned = LearnedVariance()
+    if program.settings["variance_type"] == "learned_range":
+        log_min, log_max = (
+            tuple(
+                2.0 * math.log(row[_NOISE, i]) if noisy[i] else 0.0
+                for i, row in enumerate(trace.steps)
+            )
+            for trace in (lower, upper)
+        )
+        learned = LearnedVariance(log_min=log_min, log_max=log_max)
+    noise_std = tuple(float(adds) for adds in noisy)
+    return program.model_copy(update={"noise_std": noise_std, "learned_variance": learned})
 
 
 def _program(scheduler: Any, trace: _Trace, asked: dict[str, float]) -> SamplerProgram:
@@ -507,9 +545,9 @@ _REFUSALS = (
     ),
     _Refusal(
         "variance_type",
-        ("learned", "learned_range"),
+        _LEARNED,
         "the variance would come from the network",
-        'set variance_type="fixed_small" and drop the variance channels of the network',
+        'use ddpm, or set variance_type="fixed_small" to drop the variance channels',
     ),
     _Refusal(
         "variance_type",
@@ -552,7 +590,8 @@ def _check_options(scheduler: Any) -> None:
     accepted = _parameters(type(scheduler).__init__) | _parameters(scheduler.step)
     for refusal in _REFUSALS:
         value = scheduler.config.get(refusal.option)
-        if refusal.option in accepted and value in refusal.values:
+        read = refusal.values is _LEARNED and _learns_variance(scheduler)
+        if refusal.option in accepted and value in refusal.values and not read:
             raise UnsupportedError(
                 "EQ-4101",
                 f"{type(scheduler).__name__} with {refusal.option}={value!r} is no table: "

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgeqdm.correct.apply import correct_schedule, require_key
+from edgeqdm.correct.corrector import Ptqd
 from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.errors import InputError
+from edgeqdm.ir.codec import digest
 from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey, SamplerProgram
 from edgeqdm.models.sampler import compile_sampler, scheduler_from_name
 from edgeqdm.numerics.solver import Table, run
@@ -63,6 +65,11 @@ def _statistics(
         n=(1024,) * n_steps,
         clamped_gain=(False,) * n_steps,
         snr_db=(20.0,) * n_steps,
+        output_mean=((0.0,) * channels,) * n_steps,
+        output_variance=((1.0,) * channels,) * n_steps,
+        covariance=((k,) * channels,) * n_steps,
+        input_power=(1.0,) * n_steps,
+        input_output=(0.0,) * n_steps,
     )
 
 
@@ -155,7 +162,7 @@ def test_p6_ddim_without_noise_stays_plain_ddim() -> None:
 def test_variance_may_be_left_to_the_sampler() -> None:
     program = _program("ddpm")
     statistics = _statistics(6, k=0.1, variance=0.1)
-    correction = correct_schedule(program, statistics, KEY, variance=False)
+    correction = correct_schedule(program, statistics, KEY, corrector=Ptqd(variance=False))
     assert correction.noise_std == _original_noise(program)
     assert correction.gain == (1 / 1.1,) * 6
 
@@ -232,6 +239,21 @@ def test_p10_a_correction_of_something_else_is_refused(change: dict[str, Any]) -
     assert caught.value.code == "EQ-3422"
     unchanged = set(CorrectionKey.model_fields) - set(change)
     assert not any(f"{field} (" in str(caught.value) for field in unchanged)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_steps", "eta"), [("ddim", 7, 0.0), ("ddim", 6, 0.5), ("ddpm", 6, 0.0)]
+)
+def test_i5_another_sampler_number_of_steps_or_eta_is_refused(
+    name: str, n_steps: int, eta: float
+) -> None:
+    measured_on = KEY.model_copy(update={"sampler": digest(_program("ddim"))})
+    correction = correct_schedule(_program("ddim"), _statistics(6), measured_on)
+    require_key(correction, measured_on)
+    other = {"sampler": digest(_program(name, n_steps, eta=eta))}
+    with pytest.raises(InputError, match=r"sampler \(measured on") as caught:
+        require_key(correction, KEY.model_copy(update=other))
+    assert all(value in str(caught.value) for value in (measured_on.sampler, other["sampler"]))
 
 
 def test_p10_every_difference_is_listed() -> None:
@@ -356,7 +378,9 @@ def test_p12_corrected_samples_have_nearly_the_moments_of_the_float_sampler(
     model = _gaussian(name, eta)
     statistics = model.statistics()
     full = correct_schedule(model.program, statistics, KEY)
-    without_variance = correct_schedule(model.program, statistics, KEY, variance=False)
+    without_variance = correct_schedule(
+        model.program, statistics, KEY, corrector=Ptqd(variance=False)
+    )
     truth = model.moments(None, quantized=False)
     raw = _errors(model.moments(None, quantized=True), truth)
     partly = _errors(model.moments(without_variance, quantized=True), truth)

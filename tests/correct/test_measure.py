@@ -77,9 +77,46 @@ def test_p5_missing_steps_are_named() -> None:
     assert caught.value.code == "EQ-3412"
 
 
-def test_p5_no_samples_at_all_are_refused() -> None:
+@pytest.mark.parametrize("allow_missing", [False, True])
+def test_p5_no_samples_at_all_are_refused(allow_missing: bool) -> None:
     with pytest.raises(InputError, match="no sample at 3 of 3 steps"):
-        measure_noise(_reference, _noisy, iter(()), n_steps=STEPS)
+        measure_noise(_reference, _noisy, iter(()), n_steps=STEPS, allow_missing=allow_missing)
+
+
+def test_p5_a_missing_step_may_be_left_uncorrected() -> None:
+    everywhere = measure_noise(_reference, _noisy, _samples(), n_steps=STEPS)
+    found = measure_noise(_reference, _noisy, _samples((0, 2)), n_steps=STEPS, allow_missing=True)
+    assert found.n[1] == 0
+    assert found.k[1] == 0.0
+    assert found.mu[1] == found.variance[1] == (0.0, 0.0)
+    # Other random samples of the same steps.
+    np.testing.assert_allclose(found.k[::2], everywhere.k[::2], atol=0.005)
+
+
+def test_moments_of_input_and_output_are_those_of_numpy() -> None:
+    x = np.concatenate([x for step, x, _ in _samples() if step == 1]).astype(np.float64)
+    f = x + 4.0
+    statistics = measure_noise(_reference, _noisy, _samples(), n_steps=STEPS)
+    # Float32 outputs resolve 6e-8 of their size.
+    np.testing.assert_allclose(statistics.output_mean[1], f.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(statistics.output_variance[1], f.var((0, 2, 3)), rtol=1e-5)
+    assert statistics.input_power[1] == pytest.approx(np.mean(x**2), rel=1e-6)
+    assert statistics.input_output[1] == pytest.approx(np.mean(x * f), rel=1e-5)
+
+
+def test_the_residual_for_another_k_is_that_of_the_errors_themselves() -> None:
+    samples = [x for step, x, _ in _samples() if step == 0]
+    f = np.concatenate([_reference(x, 0, 3.0) for x in samples]).astype(np.float64)
+    d = np.concatenate([_noisy(x, 0, 3.0) for x in samples]).astype(np.float64) - f
+    statistics = measure_noise(_reference, _noisy, _samples(), n_steps=STEPS)
+    for k in (0.0, 0.7, -0.3):
+        mean, variance = statistics.residual(0, k)
+        np.testing.assert_allclose(mean, (d - k * f).mean((0, 2, 3)), rtol=1e-9)
+        np.testing.assert_allclose(variance, (d - k * f).var((0, 2, 3)), rtol=1e-9)
+    mean, variance = statistics.residual(0, statistics.k[0])
+    assert tuple(mean) == statistics.mu[0]
+    assert tuple(variance) == statistics.variance[0]
+    assert statistics.fitted_k(0) == pytest.approx(statistics.k[0], rel=1e-12)
 
 
 @pytest.mark.parametrize("step", [-1, 3])
@@ -114,12 +151,23 @@ def test_an_output_that_is_not_finite_names_network_and_step(which: str, bad: fl
     assert caught.value.path == "step 1"
 
 
-def test_an_output_with_a_learned_variance_is_refused() -> None:
+def test_only_the_prediction_counts_in_an_output_with_a_learned_variance() -> None:
     def doubled(x: Sample, step: int, label: float) -> Sample:
-        return np.concatenate([x, x], axis=1)
+        return np.concatenate([_reference(x, step, label), np.full_like(x, np.nan)], axis=1)
 
-    with pytest.raises(InputError, match=r"\(8, 4, 8, 8\) to a sample of \(8, 2, 8, 8\)"):
-        measure_noise(doubled, doubled, _samples(), n_steps=STEPS)
+    def doubled_noisy(x: Sample, step: int, label: float) -> Sample:
+        return np.concatenate([_noisy(x, step, label), 7.0 * x], axis=1)
+
+    plain = measure_noise(_reference, _noisy, _samples(), n_steps=STEPS)
+    assert measure_noise(doubled, doubled_noisy, _samples(), n_steps=STEPS) == plain
+
+
+def test_an_output_of_another_shape_is_refused() -> None:
+    def tripled(x: Sample, step: int, label: float) -> Sample:
+        return np.concatenate([x, x, x], axis=1)
+
+    with pytest.raises(InputError, match=r"\(8, 6, 8, 8\) to a sample of \(8, 2, 8, 8\)"):
+        measure_noise(tripled, tripled, _samples(), n_steps=STEPS)
 
 
 def test_a_model_whose_channels_change_between_steps_is_refused() -> None:
@@ -150,6 +198,9 @@ def test_statistics_are_finite_and_survive_json(scale: float, noise: float) -> N
         {"mu": ((),), "variance": ((),)},
         {"variance": ((0.0, -1.0),)},
         {"snr_db": (float("nan"),)},
+        {"output_variance": ((1.0, -1.0),)},
+        {"covariance": ((0.1,),)},
+        {"input_power": (-1.0,)},
     ],
 )
 def test_statistics_that_contradict_themselves_are_refused(change: dict[str, object]) -> None:
@@ -161,6 +212,11 @@ def test_statistics_that_contradict_themselves_are_refused(change: dict[str, obj
         "n": (64,),
         "clamped_gain": (False,),
         "snr_db": (20.0,),
+        "output_mean": ((0.0, 0.0),),
+        "output_variance": ((1.0, 1.0),),
+        "covariance": ((0.1, 0.1),),
+        "input_power": (1.0,),
+        "input_output": (0.0,),
     }
     NoiseStatistics.model_validate(fields)
     with pytest.raises(ValidationError):

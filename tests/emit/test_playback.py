@@ -25,6 +25,7 @@ from edgeqdm.emit.playback import PlaybackError, Player
 from edgeqdm.emit.render import RUNTIME_FOLDER, python_runtime
 from edgeqdm.ir.model import Guidance
 from edgeqdm.models import denoiser
+from edgeqdm.numerics import philox
 from edgeqdm.numerics.solver import Table
 
 STEPS = 3
@@ -212,6 +213,60 @@ def test_guidance_equals_that_of_the_float_model(guidance: float, kind: str) -> 
     )
     found = playback.guided(mine, network, x, 1, conditioning)
     np.testing.assert_array_equal(found, expected.numpy())
+
+
+def test_guidance_of_a_learned_variance_equals_that_of_the_float_model() -> None:
+    x = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    labels = np.array([0, 2])
+
+    def both(x: Any, step: int, conditioning: Any) -> Any:
+        f = network(x, step, conditioning)
+        return np.concatenate([f, np.cos(f)], 1)
+
+    expected = denoiser.guided(
+        lambda x, fed: torch.from_numpy(both(x.numpy(), 1, None if fed is None else fed.numpy())),
+        torch.from_numpy(x),
+        torch.from_numpy(labels),
+        null=torch.tensor(3),
+        guidance=Guidance(scale=2.5),
+    )
+    found = playback.guided(player(guidance=2.5), both, x, 1, labels)
+    np.testing.assert_array_equal(found, expected.numpy())
+    np.testing.assert_array_equal(found[:, SHAPE[0] :], both(x, 1, labels)[:, SHAPE[0] :])
+
+
+def test_a_learned_variance_is_replayed_exactly() -> None:
+    learned = {
+        **program(1.0),
+        "learned_variance": {"log_min": [-9.0] * STEPS, "log_max": [-2.0] * STEPS},
+    }
+    mine = player(table=Table.from_json(learned))
+    recorded: list[Any] = []
+    samples: list[Any] = []
+
+    def both(x: Any, step: int, conditioning: Any) -> Any:
+        f = network(x, step, conditioning)
+        recorded.append(np.concatenate([f, np.sin(f)], 1))
+        return recorded[-1]
+
+    images = range(2)
+    seed = playback.GOLDEN_SEED
+    playback.sample(
+        mine,
+        both,
+        np.array([0, 2]),
+        seed=seed,
+        images=images,
+        on_step=lambda step, x: samples.append(x),
+    )
+    golden = {
+        "initial": philox.batch_normal(seed, philox.INITIAL_STREAM, images, SHAPE),
+        "outputs": np.stack(recorded),
+        "samples": np.stack(samples),
+    }
+    assert playback.replay_sampler(mine, golden) == 0.0
+    changed = {**golden, "outputs": golden["outputs"] + np.float32(0.1)}
+    assert playback.replay_sampler(mine, changed) > playback.SAMPLER_TOLERANCE
 
 
 def test_image_depends_on_seed_and_number_only_never_on_its_batch() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import scheduling_ddpm
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from edgeqdm.ir.model import Decoder, Guidance
 from edgeqdm.models.denoiser import Denoiser, check_labels, guided, wrap
 from edgeqdm.models.layers import network_of
 from edgeqdm.models.load import load
+from edgeqdm.numerics import philox, solver
 from edgeqdm.testing import tiny
 
 SCHEDULER = diffusers.DDIMScheduler(clip_sample=False)
@@ -104,6 +107,93 @@ def test_learned_variance_is_cut_off(tmp_path: Path, config: dict[str, Any]) -> 
     denoiser = load(tiny.write_pipeline(tmp_path, network, config), steps=4)
     expected = network(X, denoiser.timestep(0, 3), class_labels=LABELS).sample[:, :4]
     assert torch.equal(denoiser.predict(X, 0, LABELS), expected)
+
+
+LEARNED: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "variance_type": "learned_range",
+}
+
+
+def _load_learned(folder: Path, config: dict[str, Any], guidance: float) -> Denoiser:
+    config = {**config, "out_channels": 8}
+    network = tiny.build_network(config)
+    sidecar = (
+        {"n_labels": 3, "null_label": tiny.NULL_LABEL} if "num_class_embeds" in config else None
+    )
+    tiny.write_pipeline(folder, network, config, scheduler=LEARNED, sidecar=sidecar)
+    return load(folder, steps=6, guidance=guidance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("config", [tiny.UNET_CONFIG, tiny.DIT_CONFIG], ids=["unet", "dit"])
+def test_sampling_with_a_learned_variance_equals_the_loop_of_diffusers(
+    tmp_path: Path, config: dict[str, Any], guidance: float
+) -> None:
+    denoiser = _load_learned(tmp_path, config, guidance)
+    scheduler = diffusers.DDPMScheduler.from_config(LEARNED)
+    scheduler.set_timesteps(6)
+    network, shape = network_of(denoiser.module), denoiser.info.sample_shape
+
+    def noise(stream: int) -> Tensor:
+        return torch.from_numpy(philox.batch_normal(3, stream, range(3), shape))
+
+    sample = noise(philox.INITIAL_STREAM)
+    nulls = torch.full((3,), tiny.NULL_LABEL)
+    for step, t in enumerate(scheduler.timesteps):
+        f = network(sample, t.expand(3), class_labels=LABELS).sample
+        f_null = network(sample, t.expand(3), class_labels=nulls).sample
+        eps = f_null[:, :4] + guidance * (f - f_null)[:, :4]
+        with mock.patch.object(scheduling_ddpm, "randn_tensor", return_value=noise(1 + step)):
+            both = torch.cat([eps, f[:, 4:]], 1)
+            sample = scheduler.step(both, t, sample).prev_sample
+    found = solver.run(
+        solver.Table.from_json(denoiser.program.model_dump(mode="json")),
+        lambda x, step: denoiser.predict(torch.from_numpy(x), step, LABELS).numpy(),
+        noise(philox.INITIAL_STREAM).numpy(),
+        lambda step: noise(philox.step_stream(step)).numpy(),
+    )
+    # Float32 on both sides, batches of 3 against 6; samples reach a few units.
+    scale = max(1.0, float(sample.abs().max()))
+    assert float((torch.from_numpy(found) - sample).abs().max()) <= 1e-5 * scale
+
+
+@torch.no_grad()
+def test_guidance_takes_the_variance_of_the_condition(tmp_path: Path) -> None:
+    denoiser = _load_learned(tmp_path, tiny.DIT_CONFIG, 3.0)
+    network, t = network_of(denoiser.module), denoiser.timestep(1, 3)
+    expected = network(X, t, class_labels=LABELS).sample[:, 4:]
+    f = denoiser.predict(X, 1, LABELS)
+    assert f.shape == (3, 8, 8, 8)
+    torch.testing.assert_close(f[:, 4:], expected, rtol=0, atol=BATCHING_TOLERANCE)
+
+
+def test_a_learned_variance_must_come_from_the_network(tmp_path: Path) -> None:
+    tiny.write_pipeline(
+        tmp_path, tiny.build_network(tiny.DIT_CONFIG), tiny.DIT_CONFIG, scheduler=LEARNED
+    )
+    with pytest.raises(InputError, match=r"\[2, 4, 8, 8\] instead of \[2, 8, 8, 8\]") as caught:
+        load(tmp_path, steps=4)
+    assert "variance" in str(caught.value.hint)
+
+
+def test_a_wrapped_module_may_learn_its_variance() -> None:
+    module = nn.Conv2d(4, 8, 1)
+
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = module
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return cast(Tensor, self.conv(x))
+
+    scheduler = diffusers.DDPMScheduler.from_config(LEARNED)
+    denoiser = wrap(Timed(), scheduler, (X, torch.zeros(3)), steps=4)
+    assert torch.equal(denoiser.predict(X, 0, None), module(X))
 
 
 @given(scale=st.floats(0.0, 20.0))
