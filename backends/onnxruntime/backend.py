@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edgeqdm.backends.onnxruntime.blockwise import BLOCK_SIZES
 from edgeqdm.backends.onnxruntime.lint import check_graph
 from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
 from edgeqdm.emit.backend import (
@@ -30,11 +31,22 @@ from edgeqdm.emit.render import RUNTIME_FOLDER
 from edgeqdm.errors import VerifyError
 from edgeqdm.ir.model import LayerKind, ModelInfo
 from edgeqdm.ir.plan import DeploymentPlan
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import FP32, TABLE, Precision
 
 GRAPH = "model.onnx"
-INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat")
+INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits")
 FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum")
+
+
+ANY_LAYER = tuple(Precision(f"w{bits}{rest}") for rest in ("a8", "") for bits in (8, 6, 4))
+LINEAR_ONLY = tuple(
+    Precision(text)
+    for bits in (8, 4)
+    for text in (
+        f"w{bits}a8dyn",
+        *(f"w{bits}g{size}{rest}" for size in BLOCK_SIZES for rest in ("a8dyn", "")),
+    )
+)
 
 
 class OnnxRuntimeBackend:
@@ -43,7 +55,10 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def menu(self) -> Menu:
-        return {kind: (Precision.W8A8, Precision.FP32) for kind in LayerKind}
+        return {
+            LayerKind.CONV2D: (*ANY_LAYER, FP32, TABLE),
+            LayerKind.LINEAR: (*ANY_LAYER, *LINEAR_ONLY, FP32, TABLE),
+        }
 
     def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
         kinds = {layer.name: layer.kind for layer in info.layers}
@@ -59,7 +74,8 @@ class OnnxRuntimeBackend:
                     found.append(Unsupported(assignment.layer, "no such layer", "remove it"))
                 elif assignment.precision not in menu[kind]:
                     reason = f"{kind} has no {assignment.precision} kernel"
-                    found.append(Unsupported(assignment.layer, reason, menu[kind][0]))
+                    instead = _nearest(assignment.precision, menu[kind])
+                    found.append(Unsupported(assignment.layer, reason, instead))
         return tuple(found)
 
     def emit(self, model: Exportable) -> Mapping[str, File]:
@@ -99,6 +115,20 @@ class OnnxRuntimeBackend:
 
     def versions(self) -> Mapping[str, str]:
         return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
+
+
+def _nearest(precision: Precision, offered: tuple[Precision, ...]) -> Precision:
+    """The offered precision that differs least: in weights, then activations, then groups."""
+
+    def distance(other: Precision) -> tuple[int, int, int, int]:
+        return (
+            abs(other.weight_bits - precision.weight_bits),
+            abs(other.activation_bits - precision.activation_bits),
+            abs(other.group_size - precision.group_size),
+            other.dynamic != precision.dynamic,
+        )
+
+    return min((other for other in offered if other != TABLE), key=distance)
 
 
 def _options(threads: int) -> Any:

@@ -18,6 +18,10 @@ Rule = Callable[[onnx.NodeProto, Tensors, Producers], str | None]
 def check_graph(model: onnx.ModelProto) -> None:
     """Raise VerifyError listing every node that breaks a rule, by name and rule."""
     tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    # Weights of 4 bits are widened where the graph is loaded.
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in tensors:
+            tensors[node.output[0]] = tensors[node.input[0]].astype(np.int8)
     producers = {output: node for node in model.graph.node for output in node.output}
     faults = [*_graph_faults(model)]
     for node in model.graph.node:
@@ -83,6 +87,11 @@ def _matmul_integer(node: onnx.NodeProto, tensors: Tensors, producers: Producers
     return None
 
 
+def _matmul_nbits(node: onnx.NodeProto, tensors: Tensors, producers: Producers) -> str | None:
+    levels = [a.i for a in node.attribute if a.name == "accuracy_level"]
+    return None if levels == [4] else "MatMulNBits computes in float below accuracy level 4"
+
+
 def _refused(node: onnx.NodeProto, tensors: Tensors, producers: Producers) -> str | None:
     return f"{node.op_type} has no fast kernel on this target"
 
@@ -92,6 +101,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "QLinearConv": (_qlinear_conv,),
     "MatMulInteger": (_matmul_integer,),
     "ConvInteger": (_refused,),
-    "MatMulNBits": (_refused,),
+    "MatMulNBits": (_matmul_nbits,),
     "QLinearMatMul": (_refused,),
 }

@@ -3,7 +3,9 @@
 Convolution: `QuantizeLinear -> QLinearConv (no bias) -> DequantizeLinear -> Add(bias)`.
 Linear: `QuantizeLinear -> MatMulInteger -> Cast -> Mul(scale * weight_scale) -> Add(bias)`, which
 the runtime fuses to `MatMulIntegerToFloat`. Scales are rank-0 tensors gathered by `step`; codes are
-uint8 with a constant zero_point, weights int8 with zero_point 0 per output channel.
+uint8 with a constant zero_point, weights int8 with zero_point 0 per output channel; weights of 4
+bits are stored in 4 and cast where the graph is loaded. Linear with groups and run-time scales:
+`MatMulNBits` at accuracy level 4, which quantizes each token and block itself.
 """
 
 from __future__ import annotations
@@ -18,10 +20,20 @@ import torch
 from onnx import numpy_helper
 from onnx_ir.passes import common as ir_passes
 from onnxscript import opset21 as op
+from onnxscript import values
 
-from edgeqdm.emit.export import QCONV2D, QLINEAR
+from edgeqdm.backends.onnxruntime.blockwise import to_matmulnbits
+from edgeqdm.emit.export import DEQUANTIZE, QCONV2D, QLINEAR, QLINEAR_DYNAMIC
 
 IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+FOUR_BITS = {
+    onnx.TensorProto.INT8: (onnx.TensorProto.INT4, -8, 7),
+    onnx.TensorProto.UINT8: (onnx.TensorProto.UINT4, 0, 15),
+}
+"""Per type of codes: the narrow type, its least and its largest code."""
+ON_INTEGERS = 4
+"""`accuracy_level` at which `MatMulNBits` quantizes its input to 8 bits."""
 
 
 def _constant(value: np.ndarray) -> Any:
@@ -46,6 +58,7 @@ def qlinear_to_onnx(
     bias: Any | None,
     act_scale_table: Any,
     zero_point: int,
+    activation_bits: int,
     step: Any,
 ) -> Any:
     """`edgeqdm::qlinear`; the product of the scales stays in the graph, else it is not fused."""
@@ -64,6 +77,7 @@ def qconv2d_to_onnx(
     bias: Any | None,
     act_scale_table: Any,
     zero_point: int,
+    activation_bits: int,
     out_scale_table: Any,
     out_zero_point: int,
     step: Any,
@@ -119,10 +133,86 @@ def group_norm_to_onnx(
     return y if bias is None else op.Add(y, op.Unsqueeze(bias, spatial))
 
 
+def qlinear_dynamic_to_onnx(
+    x: Any,
+    weight_q: Any,
+    weight_scale: Any,
+    weight_zero_point: Any | None,
+    bias: Any | None,
+    group_size: int,
+    activation_bits: int,
+) -> Any:
+    """`edgeqdm::qlinear_dynamic`; codes of groups are packed by `finish`."""
+    if weight_zero_point is None:
+        y = _per_token(x, weight_q, weight_scale)
+    else:
+        y = _matmul_nbits()(
+            x,
+            weight_q,
+            weight_scale,
+            weight_zero_point,
+            K=weight_q.shape[1],
+            N=weight_q.shape[0],
+            bits=8,
+            block_size=group_size,
+            accuracy_level=ON_INTEGERS,
+        )
+    return y if bias is None else op.Add(y, bias)
+
+
+def _matmul_nbits() -> Any:
+    # onnx knows no schema of the runtime's own operators; the exporter insists on one.
+    schema = onnx.defs.OpSchema
+    tensors = {"T": ["tensor(float)"], "B": ["tensor(uint8)"]}
+    inputs = {"A": "T", "B": "B", "scales": "T", "zero_points": "B"}
+    names = ("K", "N", "bits", "block_size", "accuracy_level")
+    described = schema(
+        "MatMulNBits",
+        MICROSOFT,
+        1,
+        inputs=[schema.FormalParameter(name, kind) for name, kind in inputs.items()],
+        outputs=[schema.FormalParameter("Y", "T")],
+        type_constraints=[(kind, types, "") for kind, types in tensors.items()],
+        attributes=[schema.Attribute(name, schema.AttrType.INT) for name in names],
+    )
+    return values.Op(values.Opset(MICROSOFT, 1), "MatMulNBits", described)
+
+
+def _per_token(x: Any, weight_q: Any, weight_scale: Any) -> Any:
+    peak = op.ReduceMax(op.Abs(x), _constant(np.array([-1], np.int64)), keepdims=1)
+    limit, floor = (_constant(np.array(v, np.float32)) for v in (127.0, 2.0**-100))
+    peak = op.Max(peak, floor)
+    scale = op.Div(peak, limit)
+    one, middle = _constant(np.array(1, np.float32)), _zero_point(128)
+    codes = op.QuantizeLinear(op.Mul(x, op.Div(limit, peak)), one, middle)
+    accumulator = op.MatMulInteger(codes, op.Transpose(weight_q, perm=[1, 0]), middle)
+    # One product after the other: the runtime takes Mul(scale, weight_scale) for the pattern of
+    # MatMulIntegerToFloat and then applies the token scales to the wrong elements (1.31.1).
+    y = op.Cast(accumulator, to=onnx.TensorProto.FLOAT)
+    return op.Mul(op.Mul(y, weight_scale), scale)
+
+
+def dequantize_to_onnx(
+    weight_q: Any, weight_scale: Any, weight_zero_point: Any | None, group_size: int
+) -> Any:
+    """`edgeqdm::dequantize`: weights stay coded in the file."""
+    if weight_zero_point is None:
+        # The scale as a factor of its own: the runtime takes DequantizeLinear with one scale per
+        # channel and MatMul for a MatMulNBits on 8-bit activations (1.31.1).
+        one = _constant(np.array(1, np.float32))
+        inner = _constant(np.arange(1, len(weight_q.shape), dtype=np.int64))
+        return op.Mul(op.DequantizeLinear(weight_q, one), op.Unsqueeze(weight_scale, inner))
+    return op.DequantizeLinear(
+        weight_q, weight_scale, weight_zero_point, axis=1, block_size=group_size
+    )
+
+
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.group_norm.default: group_norm_to_onnx,
     QLINEAR: qlinear_to_onnx,
     QCONV2D: qconv2d_to_onnx,
+    QLINEAR_DYNAMIC: qlinear_dynamic_to_onnx,
+    DEQUANTIZE: dequantize_to_onnx,
 }
 
 
@@ -141,8 +231,72 @@ def finish(model: onnx.ModelProto) -> onnx.ModelProto:
         apply(graph)
     finished = onnx_ir.to_proto(graph)
     finished.ir_version = IR_VERSION
+    _pack_blocks(finished.graph)
+    _store_in_4_bits(finished.graph)
     _strip(finished)
     return finished
+
+
+def _pack_blocks(graph: onnx.GraphProto) -> None:
+    """Codes [N, K] of every `MatMulNBits` in the layout of the kernel, in 4 bits where they fit."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        codes, scale, zero_point = (tensors[name] for name in node.input[1:4])
+        fits = max(int(numpy_helper.to_array(t).max()) for t in (codes, zero_point)) < 2**4
+        attributes["bits"].i = 4 if fits else 8
+        packed = to_matmulnbits(
+            numpy_helper.to_array(codes),
+            numpy_helper.to_array(zero_point),
+            attributes["bits"].i,
+            attributes["block_size"].i,
+        )
+        flat = numpy_helper.to_array(scale).reshape(-1)
+        for place, array in zip((1, 2, 3), (packed[0], flat, packed[1]), strict=True):
+            # Under a name of its own: equal codes may serve nodes with other block sizes.
+            tensor = numpy_helper.from_array(array, f"{node.name}/{place}")
+            graph.initializer.append(tensor)
+            node.input[place] = tensor.name
+    _drop_unread(graph)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    read = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _store_in_4_bits(graph: onnx.GraphProto) -> None:
+    """Weights whose codes fit are stored in 4 bits and cast to 8, which is done at load."""
+    weights = {node.input[i] for node in graph.node for i in _weight_inputs(node)}
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.name not in weights or tensor.data_type not in FOUR_BITS:
+            continue
+        codes, kind = numpy_helper.to_array(tensor), tensor.data_type
+        narrow_kind, lowest, highest = FOUR_BITS[kind]
+        if codes.size == 0 or codes.min() < lowest or codes.max() > highest:
+            continue
+        wide, narrow = tensor.name, f"{tensor.name}/4 bits"
+        tensor.CopyFrom(_four_bits(codes, narrow, narrow_kind))
+        casts.append(onnx.helper.make_node("Cast", [narrow], [wide], narrow, to=kind))
+    for cast in reversed(casts):
+        graph.node.insert(0, cast)
+
+
+def _weight_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
+    places = {"QLinearConv": (3,), "MatMulInteger": (1,), "DequantizeLinear": (0,)}
+    return places.get(node.op_type, ())
+
+
+def _four_bits(codes: np.ndarray, name: str, kind: int) -> onnx.TensorProto:
+    nibbles = codes.reshape(-1).astype(np.uint8) & 0xF
+    even = np.pad(nibbles, (0, nibbles.size % 2))
+    packed = (even[::2] | (even[1::2] << 4)).tobytes()
+    return onnx.helper.make_tensor(name, kind, codes.shape, packed, raw=True)
 
 
 def _strip(model: onnx.ModelProto) -> None:

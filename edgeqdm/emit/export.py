@@ -13,9 +13,24 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from edgeqdm.quantize.ops import QCONV2D, QLINEAR
+from edgeqdm.quantize.ops import (
+    DEQUANTIZE,
+    QCONV2D,
+    QLINEAR,
+    QLINEAR_DYNAMIC,
+    QLINEAR_GROUPED,
+)
 
-__all__ = ["OPSET", "QCONV2D", "QLINEAR", "OpTranslation", "export_onnx"]
+__all__ = [
+    "DEQUANTIZE",
+    "OPSET",
+    "QCONV2D",
+    "QLINEAR",
+    "QLINEAR_DYNAMIC",
+    "QLINEAR_GROUPED",
+    "OpTranslation",
+    "export_onnx",
+]
 
 OPSET = 21
 OpTranslation = Mapping[Callable[..., Any], Callable[..., Any]]

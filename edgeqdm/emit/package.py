@@ -116,7 +116,7 @@ def emit_package(
             n_steps=quantized.denoiser.program.n_steps,
             program_sha256=digest(quantized.denoiser.program),
             plan_sha256=hashlib.sha256(contents["plan.json"].data).hexdigest(),
-            integer_layers=len(quantized.plan.phases[0].quantized()),
+            integer_layers=quantized.plan.n_integer_layers,
             library_versions={**{k: version(k) for k in LIBRARIES}, **backend.versions()},
             files=dict(staging.files),
             manifest_sha256=UNSEALED,

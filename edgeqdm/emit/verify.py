@@ -46,7 +46,7 @@ def verify_package(package: Path, backend: Backend) -> Verification:
     plan = read_record(package / "plan.json", DeploymentPlan, error=VerifyError)
     schedule = read_record(package / "schedule.json", ScheduleFile, error=VerifyError)
     _check_agreement(package, manifest, plan, schedule)
-    planned = len(plan.phases[0].quantized())
+    planned = plan.n_integer_layers
     kernels = backend.count_kernels(package)
     if kernels.integer < planned:
         raise VerifyError(
@@ -81,7 +81,7 @@ def _check_agreement(
     """Raise VerifyError unless manifest, plan and schedule tell the same story."""
     program, info = schedule.program, manifest.model
     stories: dict[str, tuple[object, object]] = {
-        "integer_layers": (manifest.integer_layers, len(plan.phases[0].quantized())),
+        "integer_layers": (manifest.integer_layers, plan.n_integer_layers),
         "plan_sha256": (manifest.plan_sha256, sha256_file(package / "plan.json")),
         "program_sha256": (manifest.program_sha256, digest(program)),
         "plan.model": (info.fingerprint, plan.model),

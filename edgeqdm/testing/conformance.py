@@ -45,10 +45,11 @@ from edgeqdm.errors import UnsupportedError, VerifyError
 from edgeqdm.ir.model import Decoder, LayerKind, ModelInfo
 from edgeqdm.ir.package import Manifest
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import FP16, FP32, TABLE, W8A8, Precision
 from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.models.load import load
-from edgeqdm.quantize.quantizer import QuantizedDenoiser, default_plan, quantize
+from edgeqdm.quantize.plans import default_plan
+from edgeqdm.quantize.quantizer import QuantizedDenoiser, quantize
 from edgeqdm.testing import tiny
 
 STEPS = 3
@@ -57,6 +58,9 @@ CALIBRATION_RUNS = 8
 RUNTIME = "runtime/python/run.py"
 BLOCKED = ("torch", "edgeqdm", "diffusers", "onnx", "safetensors")
 """Modules a package's runtime must do without."""
+_CODED = ("w8a8", "w6a8", "w4a8", "w4a4", "w8a8dyn", "w4g32a8", "w4g32a8dyn", "w4g64")
+PRECISIONS = (*map(Precision, _CODED), FP16, FP32, TABLE)
+"""One or more of every kind."""
 
 
 class SmallNetwork(nn.Module):
@@ -104,7 +108,8 @@ def quantize_tiny(denoiser: Denoiser, target: str = "onnxruntime") -> QuantizedD
     """The default plan of a tiny denoiser, calibrated on a few runs."""
     trajectories = collect_trajectories(denoiser, CALIBRATION_RUNS, seed=1)
     plan = default_plan(denoiser.info, target, denoiser.program.n_steps)
-    return quantize(denoiser, plan, observe(denoiser, trajectories, plan.phases[0].quantized()))
+    seen = observe(denoiser, trajectories, plan.phases[0].integer_layers())
+    return quantize(denoiser, plan, seen)
 
 
 @cache
@@ -125,7 +130,7 @@ class EagerBackend:
         self.quantized = quantized
 
     def menu(self) -> Menu:
-        return {kind: tuple(Precision) for kind in LayerKind}
+        return dict.fromkeys(LayerKind, PRECISIONS)
 
     def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
         known = {layer.name for layer in info.layers}
@@ -136,7 +141,7 @@ class EagerBackend:
         return {"model.txt": File(self.quantized.tables_sha256.encode(), "model")}
 
     def count_kernels(self, package: Path) -> KernelCount:
-        planned = len(self.quantized.plan.phases[0].quantized())
+        planned = self.quantized.plan.n_integer_layers
         return KernelCount(planned, 0, {"eager": planned})
 
     def open(self, package: Path, *, threads: int = 1) -> Evaluate:
@@ -221,7 +226,7 @@ class BackendConformance:
 
     def test_unknown_layer_is_refused_by_name(self, backend: Backend, tmp_path: Path) -> None:
         quantized = tiny_quantized("dit", backend.name)
-        unknown = LayerAssignment(layer="no.such", precision=Precision.W8A8, reason="test")
+        unknown = LayerAssignment(layer="no.such", precision=W8A8, reason="test")
         (refused,) = backend.check(_plan_of(quantized, unknown), quantized.info)
         assert refused.layer == "no.such"
         assert refused.reason
@@ -233,7 +238,7 @@ class BackendConformance:
         quantized = tiny_quantized("unet", backend.name)
         menu = backend.menu()
         for layer in quantized.info.layers:
-            for precision in Precision:
+            for precision in PRECISIONS:
                 asked = LayerAssignment(layer=layer.name, precision=precision, reason="test")
                 refused = backend.check(_plan_of(quantized, asked), quantized.info)
                 assert bool(refused) == (precision not in menu[layer.kind])
@@ -244,18 +249,18 @@ class BackendConformance:
     ) -> None:
         quantized = tiny_quantized("dit", backend.name)
         monkeypatch.setattr(
-            type(backend), "menu", lambda _: dict.fromkeys(LayerKind, (Precision.FP32,))
+            type(backend), "menu", lambda _: dict.fromkeys(LayerKind, (FP32,))
         )
         with pytest.raises(UnsupportedError) as caught:
             emit_package(quantized, backend, tmp_path / "package")
-        assert quantized.plan.phases[0].quantized()[0] in caught.value.message
+        assert quantized.plan.phases[0].integer_layers()[0] in caught.value.message
         assert list(tmp_path.iterdir()) == []
 
     def test_package_verifies_and_every_planned_layer_is_an_integer_kernel(
         self, backend: Backend, emitted: Emitted
     ) -> None:
         found = verify_package(emitted.package, backend)
-        planned = emitted.quantized.plan.phases[0].quantized()
+        planned = emitted.quantized.plan.phases[0].integer_layers()
         assert found.planned == found.kernels.integer == len(planned)
         assert found.manifest == emitted.manifest
         assert len(found.deviation) == STEPS

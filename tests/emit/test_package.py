@@ -22,7 +22,7 @@ from edgeqdm.errors import InputError, OutputError, UnsupportedError
 from edgeqdm.ir.codec import digest, read_record
 from edgeqdm.ir.package import Manifest, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import W8A8
 from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.load import load
@@ -211,11 +211,12 @@ def test_refused_plan_names_layer_and_reason_and_leaves_nothing(
     quantized: QuantizedDenoiser, tmp_path: Path
 ) -> None:
     (phase,) = quantized.plan.phases
-    unknown = LayerAssignment(layer="no.such", precision=Precision.W8A8, reason="test")
+    unknown = LayerAssignment(layer="no.such", precision=W8A8, reason="test")
     phases = (phase.model_copy(update={"layers": (*phase.layers, unknown)}),)
     other = QuantizedDenoiser(
         quantized.denoiser,
         quantized.plan.model_copy(update={"phases": phases}),
+        quantized.parameters,
         quantized.network,
         quantized.tables_sha256,
     )

@@ -21,7 +21,7 @@ from edgeqdm.emit.backend import Backend
 from edgeqdm.errors import VerifyError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import Phase
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import W8A8
 from edgeqdm.numerics.affine import quantize_activation
 from edgeqdm.quantize.modules import QuantizedConv2d, QuantizedLinear
 from edgeqdm.quantize.ops import at_step
@@ -184,7 +184,7 @@ def test_menu_and_versions_name_what_the_target_is() -> None:
     backend = OnnxRuntimeBackend()
     assert backend.name == "onnxruntime"
     assert set(backend.menu()) == set(LayerKind)
-    assert all(Precision.W8A8 in precisions for precisions in backend.menu().values())
+    assert all(W8A8 in precisions for precisions in backend.menu().values())
     assert set(backend.versions()) == {"onnx", "onnxruntime"}
 
 

@@ -29,6 +29,7 @@ from edgeqdm.quantize.modules import (
     StepClock,
     SteppedNetwork,
 )
+from edgeqdm.quantize.parameters import WeightCodes
 
 SHAPE = (4, 8, 8)
 STEPS = 3
@@ -74,7 +75,12 @@ def convolution(
     clock = StepClock()
     fed, returned = ActivationScales(table, zero_point), ActivationScales(out_table, 140)
     layer = QuantizedConv2d(
-        codes, scale, bias if with_bias else None, fed, returned, geometry, clock
+        WeightCodes(codes, scale, None, 8),
+        bias if with_bias else None,
+        fed,
+        returned,
+        geometry,
+        clock,
     )
     return stepped(layer, clock)
 
@@ -85,7 +91,9 @@ def linear(
     codes, scale, bias = weights(6, SHAPE[2])
     clock = StepClock()
     fed = ActivationScales(table, zero_point)
-    layer = QuantizedLinear(codes, scale, bias if with_bias else None, fed, clock)
+    layer = QuantizedLinear(
+        WeightCodes(codes, scale, None, 8), bias if with_bias else None, fed, clock
+    )
     return stepped(layer, clock)
 
 
@@ -280,7 +288,7 @@ def test_clean_graph_passes() -> None:
         (swapped(MULTIPLY, {1: "float_matrix"}), "weight is not an int8"),
         (("MatMulInteger", (*MULTIPLY[1], "signed_zero_point")), "weight has a zero_point"),
         (("ConvInteger", ("codes", "weight")), "no fast kernel"),
-        (("MatMulNBits", ("x", "matrix")), "no fast kernel"),
+        (("MatMulNBits", ("x", "matrix")), "computes in float below accuracy level 4"),
         (("QLinearMatMul", ("codes", "matrix")), "no fast kernel"),
     ],
 )
