@@ -17,7 +17,30 @@ import typer
 from typer.core import TyperGroup
 
 import edgeqdm
+from edgeqdm import cli_quantize
 from edgeqdm.cli_inputs import load_model, package_settings, read_plan
+from edgeqdm.cli_options import (
+    MAX_SEED,
+    Embeddings,
+    Eta,
+    Fid,
+    Force,
+    Guidance,
+    Json,
+    Model,
+    NoCorrect,
+    Online,
+    Package,
+    Plan,
+    Quiet,
+    Samples,
+    Scheduler,
+    Seed,
+    Steps,
+    Target,
+    Verbose,
+    Work,
+)
 from edgeqdm.cli_output import (
     TERMINATED,
     Output,
@@ -29,8 +52,6 @@ from edgeqdm.cli_output import (
     verification_value,
     write,
 )
-
-MAX_SEED = 2**64 - 1
 
 
 class Verbs(TyperGroup):
@@ -98,33 +119,6 @@ def _top(
     """
 
 
-Json = Annotated[bool, typer.Option("--json", help="Result and errors as one JSON object each.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-Verbose = Annotated[
-    bool, typer.Option("-v", "--verbose", help="Show warnings of libraries, tracebacks of errors.")
-]
-Package = Annotated[
-    Path, typer.Argument(metavar="PACKAGE", help="Folder of a package.", show_default=False)
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace a package that is there already.")]
-Fid = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Images for feature-FID; 0 leaves it out.")
-]
-Scheduler = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Sampler; default the model's own.")
-]
-Embeddings = Annotated[
-    Path | None,
-    typer.Option(
-        "--conditioning",
-        metavar="FILE",
-        help="safetensors: `conditioning` [N, L, D], with guidance also `null` [L, D].",
-    ),
-]
-Online = Annotated[bool, typer.Option("--online", help="Download the model from the hub.")]
-MODEL_HELP = "reference:NAME, a diffusers folder or a hub id."
-
-
 @app.command()
 def doctor(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """What this machine can build, verify and run.
@@ -142,38 +136,31 @@ def doctor(as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False
     output.result({"ok": all(f.ok for f in found), "findings": entries}, findings_table(found))
 
 
+app.command()(cli_quantize.plan)
+app.command()(cli_quantize.quantize)
+app.command()(cli_quantize.finetune)
+app.command()(cli_quantize.retabulate)
+
+
 @app.command()
 def emit(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
+    model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create.")],
-    target: Annotated[str, typer.Option(metavar="NAME", help="Runtime to emit for.")] = (
-        "onnxruntime"
-    ),
+    quantized: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What quantize or finetune wrote; default quantize now."),
+    ] = None,
+    target: Target = "onnxruntime",
     scheduler: Scheduler = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Denoising steps.")] = 20,
-    eta: Annotated[
-        float, typer.Option(metavar="N", min=0, max=1, help="DDIM noise; 1 is DDPM.")
-    ] = 0.0,
-    guidance: Annotated[
-        float | None,
-        typer.Option(metavar="N", min=0, help="Guidance scale; default the model's own."),
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Calibration trajectories.")
-    ] = 64,
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Of the calibration.")
-    ] = 0,
-    plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Precisions; default W8A8 body.")
-    ] = None,
-    no_correct: Annotated[
-        bool, typer.Option("--no-correct", help="Leave the sampler's schedule as it is.")
-    ] = False,
+    steps: Steps = 20,
+    eta: Eta = 0.0,
+    guidance: Guidance = None,
+    samples: Samples = 64,
+    seed: Seed = 0,
+    plan: Plan = None,
+    no_correct: NoCorrect = False,
     conditioning: Embeddings = None,
-    work: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep finished parts here.")
-    ] = None,
+    work: Work = None,
     force: Force = False,
     online: Online = False,
     as_json: Json = False,
@@ -185,11 +172,13 @@ def emit(
     \b
     edgeqdm emit reference:unet-fmnist -o build/unet
     edgeqdm emit ./my-ddpm -o build/ddpm --scheduler ddim --steps 50 --samples 128
+    edgeqdm emit reference:unet-fmnist -o build/unet4 --quantized unet.safetensors
     """
     output = Output(as_json, quiet, verbose)
     with output.working() as progress:
         with stage("load", progress):
             from edgeqdm import pipeline
+            from edgeqdm.quantize.store import skips_are_split
 
             chosen = None if plan is None else read_plan(plan)
             denoiser = load_model(
@@ -200,10 +189,12 @@ def emit(
                 eta=eta,
                 conditioning=conditioning,
                 online=online,
+                split_skips=quantized is not None and skips_are_split(quantized),
             )
         manifest = pipeline.emit(
             denoiser,
             out,
+            quantized=quantized,
             target=target,
             samples=samples,
             seed=seed,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgeqdm.ir.plan import DeploymentPlan
+    from edgeqdm.ir.precision import Precision
     from edgeqdm.models.denoiser import Denoiser
 
 
@@ -79,13 +80,15 @@ def load_model(
     eta: float,
     conditioning: Path | None,
     online: bool,
+    split_skips: bool = False,
 ) -> Denoiser:
     """`edgeqdm.models.load.load`, with embeddings out of a file and hints that name options."""
+    from edgeqdm.models import split
     from edgeqdm.models.load import load
 
     embeddings, null = (None, None) if conditioning is None else read_embeddings(conditioning)
     try:
-        return load(
+        denoiser = load(
             model,
             scheduler=scheduler,
             steps=steps,
@@ -99,6 +102,17 @@ def load_model(
         if error.code == "EQ-3139" and not online:
             error.hint = "--online downloads it"
         raise
+    return split.split_skips(denoiser) if split_skips else denoiser
+
+
+def parse_precision(text: str) -> Precision:
+    """A precision as it is written in a plan; raises InputError with examples."""
+    from edgeqdm.ir.precision import Precision
+
+    try:
+        return Precision(text)
+    except ValueError as error:
+        raise InputError("EQ-3805", str(error), path="precision") from None
 
 
 def read_plan(file: Path) -> DeploymentPlan:

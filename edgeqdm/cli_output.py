@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgeqdm.emit.verify import Verification
     from edgeqdm.ir.report import BenchReport, BenchRow
-    from edgeqdm.pipeline import Finding
+    from edgeqdm.pipeline import Finding, QuantizedModel
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -327,6 +327,37 @@ def verification_value(found: Verification) -> dict[str, Any]:
 def worst_step(found: Verification) -> int:
     """The step at which the golden run deviates most."""
     return max(range(len(found.deviation)), key=found.deviation.__getitem__)
+
+
+def quantization_table(found: QuantizedModel) -> Table:
+    """What `quantize` and `finetune` made."""
+    table = _table("", "")
+    share = found.stored_bytes / found.float_bytes
+    phases = ", ".join(f"{p.start}..{p.stop - 1}" for p in found.plan.phases)
+    worst = min(range(len(found.snr_db)), key=found.snr_db.__getitem__)
+    table.add_row("file", str(found.file))
+    table.add_row("tensors", f"{found.stored_bytes / 1e6:.2f} MB, {share:.3f} of float32")
+    table.add_row("integer layers", str(found.plan.n_integer_layers))
+    table.add_row("phases", phases)
+    table.add_row("output SQNR", f"{found.snr_db[worst]:.1f} dB at worst, step {worst}")
+    if found.blocks:
+        kept = sum(block.kept for block in found.blocks)
+        minutes = sum(block.seconds for block in found.blocks) / 60
+        table.add_row("reconstruction", f"{kept} of {len(found.blocks)} blocks, {minutes:.1f} min")
+    return table
+
+
+def quantization_value(found: QuantizedModel) -> dict[str, Any]:
+    """The same for a program."""
+    return {
+        "file": str(found.file),
+        "stored_bytes": found.stored_bytes,
+        "float_bytes": found.float_bytes,
+        "integer_layers": found.plan.n_integer_layers,
+        "phases": [[p.start, p.stop] for p in found.plan.phases],
+        "snr_db": list(found.snr_db),
+        "blocks": [asdict(block) for block in found.blocks],
+    }
 
 
 def bench_table(report: BenchReport) -> Table:

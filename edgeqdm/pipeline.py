@@ -8,24 +8,18 @@ folder and go on from it.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from edgeqdm import __version__
 from edgeqdm.backends import backend_names, load_backend
 from edgeqdm.bench.compare import (
     Variant,
@@ -37,19 +31,10 @@ from edgeqdm.bench.compare import (
 )
 from edgeqdm.bench.picture import side_by_side
 from edgeqdm.bench.quality import check_fid_images
-from edgeqdm.calibrate.observe import (
-    LayerObservation,
-    load_observations,
-    observe,
-    save_observations,
-)
-from edgeqdm.calibrate.trajectories import CHUNK, Trajectories, collect_trajectories
-from edgeqdm.correct.apply import correct_schedule
-from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend
 from edgeqdm.emit.integrity import check_files
-from edgeqdm.emit.package import check_plan, correction_key, emit_package, exportable
+from edgeqdm.emit.package import check_plan, emit_package, exportable
 from edgeqdm.emit.verify import Verification, verify_package
 from edgeqdm.emit.writer import check_destination, write_file_atomically
 from edgeqdm.errors import (
@@ -68,130 +53,58 @@ from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.load import load
 from edgeqdm.quantize import quantizer
-from edgeqdm.quantize.quantizer import (
-    QuantizedDenoiser,
-    default_plan,
-    float_plan,
-    precision_digest,
+from edgeqdm.quantize.plans import float_plan
+from edgeqdm.quantize.quantizer import QuantizedDenoiser
+from edgeqdm.quantize.store import load_quantized
+from edgeqdm.stages import (
+    DEFAULT_SAMPLES,
+    DEFAULT_TARGET,
+    Calibration,
+    Method,
+    Progress,
+    Quantization,
+    QuantizedModel,
+    calibrate,
+    correct,
+    finetune,
+    finetune_file,
+    measure,
+    quantize,
+    quantize_to_file,
+    rule_plan,
+    search_groups,
+    select_samples,
+    stage,
+    step_aware_plan,
 )
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
-DEFAULT_TARGET = "onnxruntime"
-DEFAULT_SAMPLES = 64
+__all__ = [
+    "Calibration",
+    "Method",
+    "Quantization",
+    "QuantizedModel",
+    "bench",
+    "calibrate",
+    "correct",
+    "demo",
+    "doctor",
+    "emit",
+    "finetune",
+    "finetune_file",
+    "measure",
+    "quantize",
+    "quantize_to_file",
+    "rule_plan",
+    "run",
+    "search_groups",
+    "select_samples",
+    "step_aware_plan",
+    "verify",
+]
+
 DEMO_MODEL = "reference:unet-fmnist"
 DEMO_SEED = 7
 BENCH_SEEDS = 2**48
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the float model does along its own trajectories."""
-
-    trajectories: Trajectories
-    observations: dict[str, LayerObservation]
-
-
-def calibrate(
-    denoiser: Denoiser,
-    *,
-    samples: int = DEFAULT_SAMPLES,
-    seed: int = 0,
-    work: Path | None = None,
-    progress: Progress | None = None,
-) -> Calibration:
-    """Sample `samples` full-precision trajectories and record every layer's range at every step.
-
-    Args:
-        denoiser: the float model.
-        samples: number of trajectories.
-        seed: of noise and conditioning.
-        work: folder for finished parts; the same call goes on from them.
-        progress: told of finished work.
-    """
-    trajectories = collect_trajectories(
-        denoiser, samples, seed=seed, work=work, progress=_stage("trajectories", progress)
-    )
-    names = tuple(layer.name for layer in denoiser.info.layers)
-    key = _key(__version__, trajectories.key(), digest(denoiser.info), digest(denoiser.program))
-    file = None if work is None else work / f"observations-{key}.st"
-    found = None if file is None else load_observations(file)
-    if found is None:
-        found = observe(denoiser, trajectories, names, progress=_stage("observe", progress))
-        if file is not None:
-            save_observations(found, file)
-    return Calibration(trajectories, found)
-
-
-def quantize(
-    denoiser: Denoiser,
-    calibration: Calibration,
-    *,
-    plan: DeploymentPlan | None = None,
-    target: str = DEFAULT_TARGET,
-) -> QuantizedDenoiser:
-    """Integer layers as the plan says; by default W8A8 for all but first, last and embeddings."""
-    chosen = plan or default_plan(denoiser.info, target, denoiser.program.n_steps)
-    return quantizer.quantize(denoiser, chosen, calibration.observations)
-
-
-def correct(
-    quantized: QuantizedDenoiser,
-    calibration: Calibration,
-    *,
-    work: Path | None = None,
-    progress: Progress | None = None,
-) -> CorrectedSchedule:
-    """Measure the quantization noise of the finished network and correct the sampler for it."""
-    key = _key(__version__, calibration.trajectories.key(), precision_digest(quantized))
-    file = None if work is None else work / f"noise-{key}.json"
-    statistics = _stored_statistics(file)
-    if statistics is None:
-        statistics = _measure(quantized, calibration.trajectories, _stage("correct", progress))
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_file_atomically(file, dump_record(statistics))
-    program = quantized.denoiser.program
-    return correct_schedule(program, statistics, correction_key(quantized))
-
-
-def _stored_statistics(file: Path | None) -> NoiseStatistics | None:
-    if file is None or not file.exists():
-        return None
-    try:
-        return read_record(file, NoiseStatistics)
-    except InputError:
-        # Damaged work is worth no more than missing work: it is measured again.
-        return None
-
-
-def _measure(
-    quantized: QuantizedDenoiser,
-    trajectories: Trajectories,
-    progress: Callable[[int, int], None] | None,
-) -> NoiseStatistics:
-    n_chunks = -(-trajectories.n_runs // CHUNK)
-
-    def samples() -> Iterator[tuple[int, NDArray[np.float32], tuple[Tensor | None, Tensor]]]:
-        for step in range(trajectories.n_steps):
-            for chunk in range(n_chunks):
-                runs = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-                fed = trajectories.conditioning
-                mine = None if fed is None else fed[runs]
-                yield (
-                    step,
-                    trajectories.inputs[step, runs].numpy(),
-                    (mine, trajectories.outputs[step, runs]),
-                )
-            if progress is not None:
-                progress(step + 1, trajectories.n_steps)
-
-    return measure_noise(
-        lambda x, step, fed: fed[1].numpy(),
-        lambda x, step, fed: quantized.predict(torch.from_numpy(x), step, fed[0]).numpy(),
-        samples(),
-        n_steps=trajectories.n_steps,
-    )
 
 
 def emit(
@@ -203,6 +116,7 @@ def emit(
     seed: int = 0,
     plan: DeploymentPlan | None = None,
     correction: bool = True,
+    quantized: str | Path | None = None,
     work: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -217,6 +131,7 @@ def emit(
         seed: of the calibration.
         plan: precision of every layer; default W8A8 for all but first, last and embeddings.
         correction: correct the sampler for the quantization noise (PTQD).
+        quantized: file of `quantize_to_file`, which has done all that already.
         work: folder for finished parts; default a hidden sibling of `out`, removed at the end.
         force: replace a package that is there already.
         progress: told of finished work.
@@ -226,24 +141,39 @@ def emit(
     """
     out = Path(out)
     backend = load_backend(target)
-    chosen = plan or default_plan(denoiser.info, target, denoiser.program.n_steps)
+    if quantized is not None:
+        stored = load_quantized(Path(quantized), denoiser)
+        schedule = stored.correction if correction else None
+        return _emit(stored.quantized, schedule, backend, out, force=force, progress=progress)
+    chosen = plan or rule_plan(denoiser, target)
     quantizer.check_plan(denoiser, chosen)
     check_plan(chosen, denoiser.info, backend)
     check_destination(out, force=force)
     folder = out.parent / f".{out.name}.work" if work is None else Path(work)
     calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
-    quantized = quantize(denoiser, calibration, plan=chosen)
-    schedule = (
-        correct(quantized, calibration, work=folder, progress=progress) if correction else None
-    )
-    done = _stage("emit", progress)
+    found = quantize(denoiser, calibration, plan=chosen).quantized
+    schedule = correct(found, calibration, work=folder, progress=progress) if correction else None
+    manifest = _emit(found, schedule, backend, out, force=force, progress=progress)
+    if work is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _emit(
+    quantized: QuantizedDenoiser,
+    schedule: CorrectedSchedule | None,
+    backend: Backend,
+    out: Path,
+    *,
+    force: bool,
+    progress: Progress | None,
+) -> Manifest:
+    done = stage("emit", progress)
     if done is not None:
         done(0, 1)
     manifest = emit_package(quantized, backend, out, correction=schedule, force=force)
     if done is not None:
         done(1, 1)
-    if work is None:
-        shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 
@@ -331,17 +261,6 @@ def _target_of(package: Path) -> str:
     return read_record(manifest, Manifest, error=VerifyError).target
 
 
-def _stage(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    report = progress
-    return lambda done, total: report(name, done, total)
-
-
-def _key(*parts: str) -> str:
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
-
-
 def bench(
     package: str | Path,
     *,
@@ -391,7 +310,7 @@ def bench(
             images=images,
             seeds=(BENCH_SEEDS + seed,),
             fid_images=fid,
-            progress=_stage("bench", progress),
+            progress=stage("bench", progress),
         )
 
 

@@ -17,8 +17,10 @@ from edgeqdm.bench.quality import feature_fid, sqnr_db
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Array, Evaluate, KernelCount
 from edgeqdm.ir.report import BenchReport, BenchRow, Host
+from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.numerics import solver
+from edgeqdm.quantize.quantizer import QuantizedDenoiser
 
 SAMPLING_BATCH = 50
 Progress = Callable[[int, int], None]
@@ -82,6 +84,36 @@ def float_predictor(denoiser: Denoiser) -> Evaluate:
         return found
 
     return evaluate
+
+
+def reference_predictor(quantized: QuantizedDenoiser) -> Evaluate:
+    """The exact integer reference in torch, without guidance: the player applies that."""
+
+    @torch.no_grad()
+    def evaluate(x: Array, step: int, conditioning: NDArray[Any] | None) -> Array:
+        fed = [] if conditioning is None else [torch.from_numpy(conditioning)]
+        found: Array = quantized.network(torch.from_numpy(x), torch.tensor(step), *fed).numpy()
+        return found
+
+    return evaluate
+
+
+def player_of(denoiser: Denoiser, correction: CorrectedSchedule | None = None) -> playback.Player:
+    """What a package would sample with, without making one."""
+    null = denoiser.null_embedding
+    return playback.Player(
+        table=solver.Table.from_json(
+            denoiser.program.model_dump(mode="json"),
+            None if correction is None else correction.model_dump(mode="json"),
+        ),
+        guidance=denoiser.guidance.scale,
+        conditioning=denoiser.info.conditioning.model_dump(),
+        decoder=denoiser.info.decoder.model_dump(),
+        sample_shape=denoiser.info.sample_shape,
+        label_names=denoiser.info.label_names,
+        null_embedding=None if null is None else null.numpy(),
+        golden_noise_rms=(),
+    )
 
 
 def uncorrected(player: playback.Player, denoiser: Denoiser) -> playback.Player:

@@ -1,0 +1,543 @@
+"""The stages between a float model and a quantized one, each usable alone.
+
+calibrate -> quantize (-> finetune) -> measure -> correct
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from numpy import float32
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgeqdm import __version__
+from edgeqdm.calibrate.observe import (
+    LayerObservation,
+    load_observations,
+    observe,
+    save_observations,
+)
+from edgeqdm.calibrate.select import Selection, allocate, record_features, select
+from edgeqdm.calibrate.trajectories import CHUNK, Trajectories, collect_trajectories
+from edgeqdm.correct.apply import correct_schedule
+from edgeqdm.correct.closed_loop import second_pass
+from edgeqdm.correct.corrector import Corrector
+from edgeqdm.correct.measure import NoiseStatistics, measure_noise
+from edgeqdm.correct.steps import activation_bits_by_step, contiguous
+from edgeqdm.emit.package import correction_key
+from edgeqdm.emit.writer import write_file_atomically
+from edgeqdm.errors import InputError
+from edgeqdm.ir.codec import digest, dump_record, read_record
+from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.precision import FP32, W8A8, ActivationPolicy, Precision
+from edgeqdm.ir.schedule import CorrectedSchedule
+from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.models.levels import noise_levels
+from edgeqdm.quantize import finetune as finetuning
+from edgeqdm.quantize import quantizer
+from edgeqdm.quantize.finetune import FinetuneSettings
+from edgeqdm.quantize.fold import dependence
+from edgeqdm.quantize.group_plan import GroupPlan, plan_groups
+from edgeqdm.quantize.group_search import GroupSearchSettings
+from edgeqdm.quantize.plans import default_plan, with_activation_bits
+from edgeqdm.quantize.quantizer import QuantizedDenoiser, Ranges, precision_digest
+from edgeqdm.quantize.reconstruct import BlockReport, ReconstructionSettings, reconstruct
+from edgeqdm.quantize.store import load_quantized, save_quantized
+from edgeqdm.quantize.tdq import ScaleGenerator, fit_generator
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+DEFAULT_TARGET = "onnxruntime"
+DEFAULT_SAMPLES = 64
+CLOSED_LOOP_SEED = 2**49
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the float model does along its own trajectories."""
+
+    trajectories: Trajectories
+    observations: dict[str, LayerObservation]
+
+
+def calibrate(
+    denoiser: Denoiser,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Sample `samples` full-precision trajectories and record every layer's range at every step.
+
+    Args:
+        denoiser: the float model.
+        samples: number of trajectories.
+        seed: of noise and conditioning.
+        work: folder for finished parts; the same call goes on from them.
+        progress: told of finished work.
+    """
+    trajectories = collect_trajectories(
+        denoiser, samples, seed=seed, work=work, progress=stage("trajectories", progress)
+    )
+    names = tuple(layer.name for layer in denoiser.info.layers)
+    key = _key(__version__, trajectories.key(), digest(denoiser.info), digest(denoiser.program))
+    file = None if work is None else work / f"observations-{key}.st"
+    found = None if file is None else load_observations(file)
+    if found is None:
+        found = observe(denoiser, trajectories, names, progress=stage("observe", progress))
+        if file is not None:
+            save_observations(found, file)
+    return Calibration(trajectories, found)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How codes and scales are decided.
+
+    Attributes:
+        ranges: first scales by least error, or by the extremes (the plain baseline).
+        mlp: scales of temporal activations come from a small network of the timestep (TDQ), so
+            that they can be tabulated again for other steps.
+        reconstruction: round weights block by block so that outputs stay (EDA-DM); None rounds to
+            the nearest.
+        selected: samples of the trajectories that reconstruction sees.
+        density: choose them by density and diversity (EDA-DM), or evenly over the steps.
+    """
+
+    ranges: Ranges = "search"
+    mlp: bool = False
+    reconstruction: ReconstructionSettings | None = None
+    selected: int = 512
+    density: bool = True
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantized denoiser and how it came about.
+
+    Attributes:
+        quantized: the denoiser.
+        blocks: what reconstruction did to every block; empty without it.
+        generator: of the temporal scales, or None.
+    """
+
+    quantized: QuantizedDenoiser
+    blocks: tuple[BlockReport, ...] = ()
+    generator: ScaleGenerator | None = None
+
+
+def quantize(
+    denoiser: Denoiser,
+    calibration: Calibration,
+    *,
+    plan: DeploymentPlan | None = None,
+    target: str = DEFAULT_TARGET,
+    method: Method | None = None,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Quantization:
+    """Coded layers as the plan says; by default W8A8 for all but first, last and embeddings.
+
+    Args:
+        denoiser: the float model.
+        calibration: of this model and sampler.
+        plan: precision of every layer.
+        target: name of a backend, for the default plan.
+        method: how codes and scales are decided.
+        seed: of the selection and of reconstruction.
+        work: folder for finished blocks; the same call goes on from them.
+        progress: told of finished work.
+    """
+    chosen, method = plan or rule_plan(denoiser, target), method or Method()
+    observations = calibration.observations
+    parameters = quantizer.initialise(denoiser, chosen, observations, ranges=method.ranges)
+    blocks: tuple[BlockReport, ...] = ()
+    if method.reconstruction is not None:
+        found = reconstruct(
+            denoiser,
+            chosen,
+            parameters,
+            select_samples(denoiser, calibration, method, seed=seed, progress=progress),
+            settings=method.reconstruction,
+            seed=seed,
+            work=work,
+            progress=stage("reconstruct", progress),
+        )
+        parameters, blocks = found.parameters, found.blocks
+    generator = None
+    if method.mlp:
+        generator = fit_generator(denoiser.program.timesteps, parameters, observations, seed=seed)
+        parameters = generator.tabulate(parameters, denoiser.program.timesteps)
+    return Quantization(quantizer.assemble(denoiser, chosen, parameters), blocks, generator)
+
+
+def rule_plan(
+    denoiser: Denoiser,
+    target: str = DEFAULT_TARGET,
+    *,
+    body: Precision = W8A8,
+    embedding: Precision = FP32,
+    activation: ActivationPolicy | None = None,
+) -> DeploymentPlan:
+    """`default_plan`, with layers that depend on the timestep alone looked up in tables."""
+    timed = [name for name, kind in dependence(denoiser).items() if kind == "time"]
+    return default_plan(
+        denoiser.info,
+        target,
+        denoiser.program.n_steps,
+        body=body,
+        embedding=embedding,
+        tables=timed,
+        activation=activation,
+    )
+
+
+def select_samples(
+    denoiser: Denoiser,
+    calibration: Calibration,
+    method: Method,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Selection:
+    """Samples of the trajectories for reconstruction, by density and diversity or evenly."""
+    trajectories = calibration.trajectories
+    steps, most = trajectories.n_steps, trajectories.n_runs
+    n_samples = min(method.selected, steps * most)
+    if method.density:
+        features = record_features(denoiser, trajectories, progress=stage("features", progress))
+        minimum = min(2, n_samples // steps)
+        counts = allocate(features, n_samples, minimum=minimum, maximum=most).counts
+    else:
+        whole, rest = divmod(n_samples, steps)
+        counts = tuple(whole + (step < rest) for step in range(steps))
+    return select(trajectories, counts, seed=seed)
+
+
+def finetune(
+    quantization: Quantization,
+    calibration: Calibration,
+    *,
+    settings: FinetuneSettings,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Quantization:
+    """Train the quantized denoiser to return what the float model returns on its trajectories."""
+    quantized = quantization.quantized
+    found = finetuning.finetune(
+        quantized.denoiser,
+        quantized.plan,
+        quantized.parameters,
+        calibration.trajectories,
+        settings=settings,
+        seed=seed,
+        work=work,
+        progress=stage("finetune", progress),
+    )
+    again = quantizer.assemble(quantized.denoiser, quantized.plan, found.parameters)
+    return Quantization(again, quantization.blocks, found.generator)
+
+
+def measure(
+    quantized: QuantizedDenoiser,
+    calibration: Calibration,
+    *,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> NoiseStatistics:
+    """Quantization noise of the finished network at every step of the float trajectories."""
+    key = _key(__version__, calibration.trajectories.key(), precision_digest(quantized))
+    file = None if work is None else work / f"noise-{key}.json"
+    statistics = _stored_statistics(file)
+    if statistics is None:
+        statistics = _measure(quantized, calibration.trajectories, stage("correct", progress))
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file_atomically(file, dump_record(statistics))
+    return statistics
+
+
+def correct(
+    quantized: QuantizedDenoiser,
+    calibration: Calibration,
+    *,
+    corrector: Corrector | None = None,
+    closed_loop: bool = False,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> CorrectedSchedule:
+    """Correct the sampler for the quantization noise of the finished network.
+
+    Args:
+        quantized: with its final codes and scales.
+        calibration: trajectories of the float model.
+        corrector: default PTQD with all its parts.
+        closed_loop: measure a second time, along the corrected quantized sampler's own samples.
+        work: folder for finished parts.
+        progress: told of finished work.
+    """
+    program, key = quantized.denoiser.program, correction_key(quantized)
+    statistics = measure(quantized, calibration, work=work, progress=progress)
+    schedule = correct_schedule(program, statistics, key, corrector=corrector)
+    if not closed_loop:
+        return schedule
+    again = _measure_again(quantized, calibration.trajectories, schedule)
+    return correct_schedule(program, again, key, corrector=corrector)
+
+
+def _measure_again(
+    quantized: QuantizedDenoiser, trajectories: Trajectories, schedule: CorrectedSchedule
+) -> NoiseStatistics:
+    denoiser = quantized.denoiser
+    fed = trajectories.conditioning
+
+    def runs() -> Iterator[tuple[range, Tensor | None]]:
+        for start in range(0, trajectories.n_runs, CHUNK):
+            images = range(start, min(start + CHUNK, trajectories.n_runs))
+            yield images, None if fed is None else fed[images.start : images.stop]
+
+    return second_pass(
+        denoiser.program,
+        schedule,
+        lambda x, step, mine: denoiser.predict(torch.from_numpy(x), step, mine).numpy(),
+        lambda x, step, mine: quantized.predict(torch.from_numpy(x), step, mine).numpy(),
+        runs(),
+        sample_shape=denoiser.info.sample_shape,
+        seed=CLOSED_LOOP_SEED,
+    )
+
+
+def step_aware_plan(
+    denoiser: Denoiser,
+    calibration: Calibration,
+    plan: DeploymentPlan,
+    *,
+    bits: tuple[int, ...] = (4, 8),
+    progress: Progress | None = None,
+) -> DeploymentPlan:
+    """The plan with fewer activation bits at steps whose diffusion noise hides the difference.
+
+    Every width is quantized and measured; the choice is made contiguous, so that it is phases.
+
+    Source: PTQD, section 4.3.
+    """
+    statistics = {
+        width: measure(
+            quantizer.quantize(
+                denoiser,
+                with_activation_bits(plan, [width] * plan.n_steps),
+                calibration.observations,
+            ),
+            calibration,
+            progress=progress,
+        )
+        for width in bits
+    }
+    chosen = activation_bits_by_step(denoiser.program, noise_levels(denoiser.program), statistics)
+    return with_activation_bits(plan, contiguous(chosen))
+
+
+def search_groups(
+    denoiser: Denoiser,
+    calibration: Calibration,
+    plan: DeploymentPlan,
+    *,
+    samples: int = 64,
+    settings: GroupSearchSettings | None = None,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> GroupPlan:
+    """A group size for every layer in groups, at no more bit operations than 128 for all.
+
+    See `plan_groups`, which also takes another cost and another fitness.
+    """
+    chosen = select_samples(denoiser, calibration, Method(selected=samples), seed=seed)
+    return plan_groups(
+        denoiser,
+        plan,
+        calibration.observations,
+        chosen,
+        settings=settings,
+        seed=seed,
+        file=None if work is None else work / f"groups-{_key(digest(plan), chosen.key())}.json",
+        progress=stage("groups", progress),
+    )
+
+
+def _stored_statistics(file: Path | None) -> NoiseStatistics | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        return read_record(file, NoiseStatistics)
+    except InputError:
+        # Damaged work is worth no more than missing work: it is measured again.
+        return None
+
+
+def _measure(
+    quantized: QuantizedDenoiser,
+    trajectories: Trajectories,
+    progress: Callable[[int, int], None] | None,
+) -> NoiseStatistics:
+    n_chunks = -(-trajectories.n_runs // CHUNK)
+
+    def samples() -> Iterator[tuple[int, NDArray[float32], tuple[Tensor | None, Tensor]]]:
+        for step in range(trajectories.n_steps):
+            for chunk in range(n_chunks):
+                runs = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+                fed = trajectories.conditioning
+                mine = None if fed is None else fed[runs]
+                yield (
+                    step,
+                    trajectories.inputs[step, runs].numpy(),
+                    (mine, trajectories.outputs[step, runs]),
+                )
+            if progress is not None:
+                progress(step + 1, trajectories.n_steps)
+
+    return measure_noise(
+        lambda x, step, fed: fed[1].numpy(),
+        lambda x, step, fed: quantized.predict(torch.from_numpy(x), step, fed[0]).numpy(),
+        samples(),
+        n_steps=trajectories.n_steps,
+    )
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized model's file.
+
+    Attributes:
+        file: what was written.
+        plan: precision of every layer.
+        stored_bytes: of all tensors in it.
+        float_bytes: of the float32 model's tensors.
+        snr_db: of the network output at every step, fed the float model's samples, [S].
+        blocks: what reconstruction did to every block.
+    """
+
+    file: Path
+    plan: DeploymentPlan
+    stored_bytes: int
+    float_bytes: int
+    snr_db: tuple[float, ...]
+    blocks: tuple[BlockReport, ...] = ()
+
+
+def quantize_to_file(
+    denoiser: Denoiser,
+    out: str | Path,
+    *,
+    plan: DeploymentPlan,
+    method: Method,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    correction: bool = True,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Calibrate, quantize, correct and store a model; see `quantize`, and `emit` for what follows.
+
+    Args:
+        denoiser: the float model.
+        out: file to write.
+        plan: precision of every layer.
+        method: how codes and scales are decided.
+        samples: calibration trajectories.
+        seed: of calibration, selection and reconstruction.
+        correction: measure a correction of the sampler and store it too.
+        work: folder for finished parts; default a hidden sibling of `out`, removed at the end.
+        progress: told of finished work.
+    """
+    out = Path(out)
+    quantizer.check_plan(denoiser, plan)
+    folder = out.parent / f".{out.name}.work" if work is None else Path(work)
+    calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
+    found = quantize(
+        denoiser,
+        calibration,
+        plan=plan,
+        method=method,
+        seed=seed,
+        work=folder,
+        progress=progress,
+    )
+    model = _store(found, calibration, out, folder, correction=correction, progress=progress)
+    if work is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return model
+
+
+def finetune_file(
+    denoiser: Denoiser,
+    quantized: str | Path,
+    out: str | Path,
+    *,
+    settings: FinetuneSettings,
+    samples: int = 2 * DEFAULT_SAMPLES,
+    seed: int = 0,
+    correction: bool = True,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Train a stored quantized model further and store the result; see `finetune`."""
+    out = Path(out)
+    stored = load_quantized(Path(quantized), denoiser)
+    folder = out.parent / f".{out.name}.work" if work is None else Path(work)
+    calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
+    found = finetune(
+        Quantization(stored.quantized),
+        calibration,
+        settings=settings,
+        seed=seed,
+        work=folder,
+        progress=progress,
+    )
+    model = _store(found, calibration, out, folder, correction=correction, progress=progress)
+    if work is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return model
+
+
+def _store(
+    found: Quantization,
+    calibration: Calibration,
+    out: Path,
+    work: Path,
+    *,
+    correction: bool,
+    progress: Progress | None,
+) -> QuantizedModel:
+    quantized = found.quantized
+    statistics = measure(quantized, calibration, work=work, progress=progress)
+    schedule = (
+        correct_schedule(quantized.denoiser.program, statistics, correction_key(quantized))
+        if correction
+        else None
+    )
+    size = save_quantized(quantized, out, correction=schedule, generator=found.generator)
+    tensors = quantized.denoiser.module.state_dict().values()
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return QuantizedModel(out, quantized.plan, size, whole, statistics.snr_db, found.blocks)
+
+
+def stage(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    """A progress callback that names its stage."""
+    if progress is None:
+        return None
+    report = progress
+    return lambda done, total: report(name, done, total)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
