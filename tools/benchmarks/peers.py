@@ -54,7 +54,7 @@ from edgeqdm.ir.report import BenchReport
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer
 from edgeqdm.numerics.ranges import StepRanges
-from edgeqdm.quantize.quantizer import default_plan
+from edgeqdm.quantize.plans import default_plan
 
 MATRIX_OPS = ["Conv", "MatMul", "Gemm"]
 CALIBRATION_RUNS = 32
@@ -209,7 +209,7 @@ def measure(source: str, images: int, fid: int, rounds: int, work: Path) -> dict
                     backend.open(package),
                     playback.open_player(package),
                     backend.count_kernels(package),
-                    len(plan.phases[0].quantized()),
+                    plan.n_integer_layers,
                     folder_bytes(package),
                 )
             )

@@ -1,0 +1,454 @@
+"""What each method buys: rows of methods added one after the other, for every model and width.
+
+    python tools/benchmarks/ablation.py -o docs/benchmarks/ablation.json --jobs 2
+
+Images are drawn with the exact integer reference of a quantized network, whatever a target can run.
+Every row is computed in a process of its own, so that its peak memory is its own; finished rows are
+kept in the output file and not computed again. Image SQNR is that of free runs against the float
+model from equal noise, over several seeds; a row whose change against the row before lies inside
+the spread over seeds is marked. No figure here is a latency.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+MODELS = ("unet-fmnist", "dit-fmnist")
+WIDTHS = ("w8a8", "w4a8", "w4a4")
+ETAS = (0.0, 1.0)
+STEPS = 20
+RUNS = 64
+TRAINING_RUNS = 192
+SELECTED = 512
+IMAGE_SEEDS = (2**48, 2**48 + 1, 2**48 + 2)
+FID_SEED = 2**48 + 10
+CALIBRATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of methods.
+
+    Attributes:
+        name: for the table.
+        ranges: `minmax` or `search`.
+        groups: group linear weights by 64 input channels.
+        policy: of activations: `static`, `temporal`, or `dynamic` in linear layers.
+        reconstruct: None, or which samples: `even` or `density`.
+        correct: parts of PTQD.
+        step_aware: 4-bit activations only where the rule allows them.
+        tuned: trained on the float model's trajectories.
+        after: row it is compared with; default the one before.
+    """
+
+    name: str
+    ranges: str = "search"
+    groups: bool = True
+    policy: str = "temporal"
+    reconstruct: str | None = None
+    correct: tuple[str, ...] = ()
+    step_aware: bool = False
+    tuned: bool = False
+    after: str | None = None
+
+
+def rows_of(model: str, width: str) -> tuple[Row, ...]:
+    """The ladder of one model and width."""
+    # Group scales pay for run-time activation scales in transformers; convolutions have neither.
+    policy = "dynamic" if model.startswith("dit") else "temporal"
+    parts = ("gain", "bias", "variance")
+    ladder = [
+        Row("round to nearest, min-max", ranges="minmax", groups=False, policy="static"),
+        Row("+ range search", groups=False, policy="static"),
+        Row("+ groups", policy="static"),
+        Row("+ temporal scales", policy="temporal"),
+        Row("+ dynamic activations", policy="dynamic", after="+ groups"),
+        Row(
+            "+ reconstruction, even samples",
+            policy=policy,
+            reconstruct="even",
+            after="+ dynamic activations" if policy == "dynamic" else "+ temporal scales",
+        ),
+        Row("+ samples by density and diversity", policy=policy, reconstruct="density"),
+        *(
+            Row(f"+ PTQD {part}", policy=policy, reconstruct="density", correct=parts[: k + 1])
+            for k, part in enumerate(parts)
+        ),
+        Row("+ training", policy=policy, reconstruct="density", correct=parts, tuned=True),
+    ]
+    if width == "w4a4":
+        last = "+ PTQD variance"
+        ladder += [
+            Row(
+                "+ bits by step",
+                policy=policy,
+                reconstruct="density",
+                correct=parts,
+                step_aware=True,
+                after=last,
+            ),
+            Row(
+                "+ bits by step, training",
+                policy=policy,
+                reconstruct="density",
+                correct=parts,
+                step_aware=True,
+                tuned=True,
+            ),
+        ]
+    return tuple(ladder)
+
+
+def key_of(model: str, width: str, eta: float, row: Row) -> str:
+    return f"{model}/{width}/eta {eta:g}/{row.name}"
+
+
+def compute(
+    model: str, width: str, eta: float, row: Row, work: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Quantize as the row says and measure; runs in a process of its own."""
+    import torch
+    from edgeqdm.quantize.finetune import FinetuneSettings
+
+    from edgeqdm import load, pipeline
+    from edgeqdm.correct.corrector import Ptqd
+    from edgeqdm.quantize.reconstruct import ReconstructionSettings
+    from edgeqdm.quantize.store import save_quantized
+
+    torch.set_num_threads(1)
+    denoiser = load(f"reference:{model}", steps=STEPS, eta=eta)
+    work = work / f"{model}-{eta:g}"
+    calibration = pipeline.calibrate(denoiser, samples=RUNS, seed=CALIBRATION_SEED, work=work)
+    start = time.process_time()
+    plan = plan_of(denoiser, width, row)
+    if row.step_aware:
+        plan = pipeline.step_aware_plan(denoiser, calibration, plan)
+    settings = ReconstructionSettings(iterations=options["iterations"])
+    method = pipeline.Method(
+        ranges=row.ranges,  # type: ignore[arg-type]
+        reconstruction=settings if row.reconstruct else None,
+        selected=SELECTED,
+        density=row.reconstruct == "density",
+    )
+    found = pipeline.quantize(denoiser, calibration, plan=plan, method=method, work=work)
+    if row.tuned:
+        wide = pipeline.calibrate(
+            denoiser, samples=TRAINING_RUNS, seed=CALIBRATION_SEED + 1, work=work
+        )
+        found = pipeline.finetune(
+            found, wide, settings=FinetuneSettings(minutes=options["minutes"]), work=work
+        )
+    quantized = found.quantized
+    minutes = (time.process_time() - start) / 60
+    statistics = pipeline.measure(quantized, calibration, work=work)
+    correction = None
+    if row.correct:
+        corrector = Ptqd(**{part: part in row.correct for part in ("gain", "bias", "variance")})
+        correction = pipeline.correct(quantized, calibration, corrector=corrector, work=work)
+    file = work / f"row-{os.getpid()}.safetensors"
+    stored = save_quantized(quantized, file)
+    file.unlink()
+    whole = sum(p.numel() * p.element_size() for p in denoiser.module.state_dict().values())
+    result = {
+        "output_sqnr_db": min(statistics.snr_db),
+        "weight_bytes": stored,
+        "weight_share": stored / whole,
+        "quantization_cpu_minutes": minutes,
+        "phases": [[p.start, p.stop] for p in plan.phases],
+        "blocks": [asdict(block) for block in found.blocks],
+        **measure_images(quantized, correction, work, options),
+    }
+    if fid_wanted(row):
+        result["feature_fid"] = measure_fid(denoiser, quantized, correction, options["fid"])
+    result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result
+
+
+def plan_of(denoiser: Any, width: str, row: Row) -> Any:
+    """The plan of a row: one body width, float ends, coded embeddings."""
+    from edgeqdm import pipeline
+    from edgeqdm.ir.precision import ActivationPolicy, Precision
+
+    bits, activation = width[1], width[3]
+    group = "g64" if row.groups else ""
+    body = Precision(f"w{bits}{group}a{activation}{'dyn' if row.policy == 'dynamic' else ''}")
+    policy = ActivationPolicy.STATIC if row.policy == "static" else None
+    embedding = "w8" if width == "w8a8" or "unet" in denoiser.info.name else "w4g64"
+    return pipeline.rule_plan(
+        denoiser, body=body, embedding=Precision(embedding), activation=policy
+    )
+
+
+def fid_wanted(row: Row) -> bool:
+    first, last = row.ranges == "minmax", "variance" in row.correct
+    return first or last
+
+
+def measure_images(
+    quantized: Any, correction: Any, work: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Image SQNR of every seed, and its mean and spread."""
+    from edgeqdm.bench.compare import (
+        conditioning_for,
+        draw,
+        float_predictor,
+        player_of,
+        reference_predictor,
+    )
+    from edgeqdm.bench.quality import sqnr_db
+
+    denoiser, images = quantized.denoiser, options["images"]
+    found = []
+    for seed in IMAGE_SEEDS:
+        fed = conditioning_for(denoiser, images, seed)
+        file = work / f"images-{images}-{seed}.npy"
+        if not file.exists():
+            reference = draw(player_of(denoiser), float_predictor(denoiser), fed, images, seed)
+            partial = work / f"images-{os.getpid()}.npy"
+            np.save(partial, reference)
+            partial.replace(file)
+        drawn = draw(
+            player_of(denoiser, correction), reference_predictor(quantized), fed, images, seed
+        )
+        found.append(sqnr_db(np.load(file), drawn))
+    return {
+        "image_sqnr_db": found,
+        "image_sqnr_mean_db": float(np.mean(found)),
+        "image_sqnr_spread_db": float(np.max(found) - np.min(found)),
+    }
+
+
+def measure_fid(denoiser: Any, quantized: Any | None, correction: Any, images: int) -> float:
+    """Feature-FID of the quantized model, or of the float one where there is none."""
+    from edgeqdm.bench.compare import (
+        conditioning_for,
+        draw,
+        float_predictor,
+        player_of,
+        reference_predictor,
+    )
+    from edgeqdm.bench.quality import feature_fid
+    from edgeqdm.emit import playback
+
+    player = player_of(denoiser, correction)
+    evaluate = float_predictor(denoiser) if quantized is None else reference_predictor(quantized)
+    fed = conditioning_for(denoiser, images, FID_SEED)
+    return feature_fid(playback.decode(player, draw(player, evaluate, fed, images, FID_SEED)))
+
+
+def compute_float(model: str, eta: float, options: dict[str, Any]) -> dict[str, Any]:
+    """The float model's own feature-FID, and its weights."""
+    import torch
+
+    from edgeqdm import load
+
+    torch.set_num_threads(1)
+    denoiser = load(f"reference:{model}", steps=STEPS, eta=eta)
+    state = denoiser.module.state_dict().values()
+    return {
+        "feature_fid": measure_fid(denoiser, None, None, options["fid"]),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in state),
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the whole table; `row` is None for the float model."""
+
+    model: str
+    width: str
+    eta: float
+    row: Row | None
+
+    @property
+    def key(self) -> str:
+        if self.row is None:
+            return f"{self.model}/float/eta {self.eta:g}/float"
+        return key_of(self.model, self.width, self.eta, self.row)
+
+
+def tasks(models: Sequence[str], widths: Sequence[str], etas: Sequence[float]) -> Iterator[Task]:
+    for eta in etas:
+        for model in models:
+            yield Task(model, "float", eta, None)
+            for width in widths:
+                for row in rows_of(model, width):
+                    yield Task(model, width, eta, row)
+
+
+def run_task(task: Task, work: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The row, computed by this script in another process."""
+    name = "" if task.row is None else task.row.name
+    request = [task.model, task.width, str(task.eta), name, str(work), json.dumps(options)]
+    done = subprocess.run(
+        [sys.executable, __file__, "row", *request],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"error": reason}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def row(model: str, width: str, eta: float, name: str, work: Path, options: str) -> None:
+    """Compute one row and print it as JSON; used by `table`."""
+    asked = json.loads(options)
+    if not name:
+        print(json.dumps(compute_float(model, eta, asked)))
+        return
+    chosen = next(each for each in rows_of(model, width) if each.name == name)
+    print(json.dumps(compute(model, width, eta, chosen, work, asked)))
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Option("-o", "--out")] = Path("docs/benchmarks/ablation.json"),
+    work: Annotated[Path, typer.Option()] = Path("build/ablation"),
+    model: Annotated[list[str], typer.Option()] = list(MODELS),  # noqa: B006
+    width: Annotated[list[str], typer.Option()] = list(WIDTHS),  # noqa: B006
+    eta: Annotated[list[float], typer.Option()] = list(ETAS),  # noqa: B006
+    images: Annotated[int, typer.Option(help="Per seed.")] = 64,
+    fid: Annotated[int, typer.Option(help="Images of feature-FID.")] = 2000,
+    iterations: Annotated[int, typer.Option(help="Of reconstruction, per block.")] = 500,
+    minutes: Annotated[float, typer.Option(help="CPU minutes of training.")] = 20.0,
+    jobs: Annotated[int, typer.Option(help="Rows computed at once, one thread each.")] = 2,
+) -> None:
+    """Compute all rows that the output file lacks, then draw the figure beside it."""
+    options = {"images": images, "fid": fid, "iterations": iterations, "minutes": minutes}
+    report = read_report(out, options)
+    missing = [task for task in tasks(model, width, eta) if task.key not in report["rows"]]
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run_task, task, work, options): task for task in missing}
+        for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
+            task, result = running[future], future.result()
+            report["rows"][task.key] = {**result, "commit": commit()}
+            write_report(report, out)
+            left = (time.monotonic() - started) / done * (len(missing) - done) / 60
+            shown = result.get("error") or f"{result.get('image_sqnr_mean_db', 0.0):.1f} dB"
+            print(
+                f"{done}/{len(missing)} {task.key}: {shown}; about {left:.0f} min left", flush=True
+            )
+    draw_figure(report, out.with_suffix(".png"))
+
+
+def read_report(file: Path, options: dict[str, Any]) -> dict[str, Any]:
+    if file.exists():
+        report: dict[str, Any] = json.loads(file.read_text())
+        if report["options"] != options:
+            raise typer.BadParameter(f"{file} has rows made with {report['options']}")
+        report["rows"] = {k: v for k, v in report["rows"].items() if "error" not in v}
+        return report
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "machine": {"cpu": cpu_name(), "system": platform.system(), "threads_per_row": 1},
+        "options": options,
+        "provenance": "measured with the integer reference in torch; minutes are CPU minutes",
+        "rows": {},
+    }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+
+
+def write_report(report: dict[str, Any], file: Path) -> None:
+    for name, verdict in verdicts(report).items():
+        report["rows"][name]["against_before"] = verdict
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(file)
+
+
+def verdicts(report: dict[str, Any]) -> dict[str, str]:
+    """For every row with a predecessor: its change of image SQNR, seed by seed, and its spread."""
+    found = {}
+    rows = report["rows"]
+    for name in rows:
+        model, width, eta, own = name.split("/", 3)
+        if width == "float":
+            continue
+        ladder = rows_of(model, width)
+        index = [each.name for each in ladder].index(own)
+        before = ladder[index].after or (ladder[index - 1].name if index else None)
+        other = rows.get(f"{model}/{width}/{eta}/{before}")
+        if other is None or "error" in other or "error" in rows[name]:
+            continue
+        pairs = zip(rows[name]["image_sqnr_db"], other["image_sqnr_db"], strict=True)
+        change = np.array([mine - theirs for mine, theirs in pairs])
+        inside = abs(change.mean()) <= 2 * change.std(ddof=1) / len(change) ** 0.5
+        note = " (inside the spread)" if inside else ""
+        found[name] = f"{change.mean():+.2f} +- {change.std(ddof=1):.2f} dB{note}"
+    return found
+
+
+def draw_figure(report: dict[str, Any], file: Path) -> None:
+    """Image SQNR of every row, one panel per model and eta, one line per width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(k.split("/")[0], k.split("/")[2]) for k in report["rows"]})
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 4.2 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, (model, eta) in zip(axes[:, 0], panels, strict=True):
+        draw_panel(axis, report, model, eta)
+    figure.savefig(file, dpi=110)
+
+
+def draw_panel(axis: Any, report: dict[str, Any], model: str, eta: str) -> None:
+    for width in WIDTHS:
+        names = [each.name for each in rows_of(model, width)]
+        found = [report["rows"].get(f"{model}/{width}/{eta}/{name}", {}) for name in names]
+        shown = [(n, r) for n, r in zip(names, found, strict=True) if "image_sqnr_db" in r]
+        means = [r["image_sqnr_mean_db"] for _, r in shown]
+        spread = [r["image_sqnr_spread_db"] / 2 for _, r in shown]
+        axis.errorbar([n for n, _ in shown], means, spread, marker="o", capsize=3, label=width)
+    axis.set_title(f"{model}, DDIM-{STEPS}, {eta}")
+    axis.set_ylabel("image SQNR, dB")
+    axis.tick_params(axis="x", rotation=30)
+    for label in axis.get_xticklabels():
+        label.set_horizontalalignment("right")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+if __name__ == "__main__":
+    app()
