@@ -141,6 +141,7 @@ def emit(
     """
     out = Path(out)
     backend = load_backend(target)
+    check_destination(out, force=force)
     if quantized is not None:
         stored = load_quantized(Path(quantized), denoiser)
         schedule = stored.correction if correction else None
@@ -148,7 +149,6 @@ def emit(
     chosen = plan or rule_plan(denoiser, target)
     quantizer.check_plan(denoiser, chosen)
     check_plan(chosen, denoiser.info, backend)
-    check_destination(out, force=force)
     folder = out.parent / f".{out.name}.work" if work is None else Path(work)
     calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
     found = quantize(denoiser, calibration, plan=chosen).quantized

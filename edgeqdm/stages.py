@@ -244,7 +244,9 @@ def finetune(
         progress=stage("finetune", progress),
     )
     again = quantizer.assemble(quantized.denoiser, quantized.plan, found.parameters)
-    return Quantization(again, quantization.blocks, found.generator)
+    # Kept scales keep what generates them.
+    generator = found.generator if found.improved else quantization.generator
+    return Quantization(again, quantization.blocks, generator)
 
 
 def measure(
@@ -361,7 +363,8 @@ def search_groups(
 
     See `plan_groups`, which also takes another cost and another fitness.
     """
-    chosen = select_samples(denoiser, calibration, Method(selected=samples), seed=seed)
+    method = Method(selected=samples)
+    chosen = select_samples(denoiser, calibration, method, seed=seed, progress=progress)
     return plan_groups(
         denoiser,
         plan,
@@ -496,7 +499,7 @@ def finetune_file(
     folder = out.parent / f".{out.name}.work" if work is None else Path(work)
     calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
     found = finetune(
-        Quantization(stored.quantized),
+        Quantization(stored.quantized, generator=stored.generator),
         calibration,
         settings=settings,
         seed=seed,

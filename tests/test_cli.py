@@ -252,6 +252,7 @@ def test_emit_hands_every_option_on(calls: Calls, tmp_path: Path) -> None:
         "seed": 9,
         "plan": plan,
         "correction": False,
+        "quantized": None,
         "work": Path("w"),
         "force": True,
     }

@@ -109,4 +109,4 @@ def _other_scheduler(program: SamplerProgram, reason: str) -> InputError:
 
 
 def _array(table: Any) -> Floats:
-    return np.array([] if table is None else table, dtype=np.float64).reshape(-1)
+    return np.asarray([] if table is None else table, dtype=np.float64).reshape(-1)

@@ -98,7 +98,7 @@ class ReconstructionSettings:
     lr_activation: float = 2e-3
     inner_weight: float = 0.8
     drop: float = 0.5
-    regulariser: float = 100.0
+    regulariser: float = 50.0
     minutes: float | None = None
 
     def __post_init__(self) -> None:

@@ -152,8 +152,8 @@ def test_a_size_changes_the_weight_where_the_activation_is_tabulated() -> None:
     """Q7: activations from a table have no groups; the scales of the step stay."""
     one, other = (with_group_sizes(plan_of("w4g48a8"), {WIDE: size}) for size in (16, 64))
     built = [
-        get_layer(assemble(tiny("dit"), p, parameters_of(p)).network, f"network.{WIDE}")
-        for p in (one, other)
+        get_layer(assemble(tiny("dit"), plan, parameters_of(plan)).network.network, WIDE)
+        for plan in (one, other)
     ]
     for layer, groups in zip(built, (4, 1), strict=True):
         assert isinstance(layer, GroupedLinear)

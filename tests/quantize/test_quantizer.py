@@ -230,7 +230,7 @@ def test_observations_of_another_number_of_steps_are_refused(
     refused(InputError, denoiser, plan, short, code="EQ-3203", path="mix")
 
 
-def test_layer_of_another_kind_is_refused(
+def test_module_that_is_no_layer_is_refused(
     denoiser: Denoiser, plan: DeploymentPlan, observations: Observations
 ) -> None:
     (phase,) = plan.phases
@@ -238,7 +238,7 @@ def test_layer_of_another_kind_is_refused(
     phases = (phase.model_copy(update={"layers": (*phase.layers, norm)}),)
     other = plan.model_copy(update={"phases": phases})
     seen = {**observations, "norm": observations["conv"]}
-    refused(InputError, denoiser, other, seen, code="EQ-3204", path="norm")
+    refused(InputError, denoiser, other, seen, code="EQ-3270", path="norm")
 
 
 def test_accumulator_that_could_overflow_is_refused_by_name(

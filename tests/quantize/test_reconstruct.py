@@ -33,7 +33,7 @@ from edgeqdm.quantize.reconstruct import (
 )
 
 STEPS = 3
-FAST = ReconstructionSettings(iterations=100, batch=16)
+FAST = ReconstructionSettings(iterations=100, batch=8)
 BRIEF = ReconstructionSettings(iterations=5, batch=4)
 
 
@@ -212,7 +212,7 @@ def inner_error(parameters: Parameters, plan: DeploymentPlan) -> float:
 def test_inner_weight_lowers_the_inner_error_at_little_cost_to_the_block() -> None:
     """E8."""
     plan, _, _ = prepared("w4a8")
-    alone, both = trained(0, 0.0), trained(0)
+    alone, both = trained(0, 0.0), trained(0, 0.3)
     assert inner_error(both.parameters, plan) < inner_error(alone.parameters, plan)
     assert both.blocks[0].loss_hard < 1.25 * alone.blocks[0].loss_hard
 

@@ -228,15 +228,18 @@ def test_convolution_with_float_activations_equals_the_eager_op(conv: Ran, text:
     assert conv.nodes["QLinearConv"] == sum("a" in other for other in CONV)
 
 
+NARROW = {onnx.TensorProto.INT4: np.int8, onnx.TensorProto.UINT4: np.uint8}
+
+
 def widened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """The graph with its int4 weights stored as int8, and how many there are."""
+    """The graph with its 4-bit weights stored in 8 bits, and how many there are."""
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
-    narrow = {t.name: t for t in wide.graph.initializer if t.data_type == onnx.TensorProto.INT4}
+    narrow = {t.name: t for t in wide.graph.initializer if t.data_type in NARROW}
     casts = [n for n in wide.graph.node if n.op_type == "Cast" and n.input[0] in narrow]
     for cast in casts:
         tensor = narrow[cast.input[0]]
-        codes = numpy_helper.to_array(tensor).astype(np.int8)
+        codes = numpy_helper.to_array(tensor).astype(NARROW[tensor.data_type])
         tensor.CopyFrom(numpy_helper.from_array(codes, cast.output[0]))
         wide.graph.node.remove(cast)
     return wide, sum(int(np.prod(tensor.dims)) for tensor in narrow.values())
@@ -245,12 +248,13 @@ def widened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
 @pytest.mark.parametrize(
     ("name", "n_weights"),
     [
-        ("conv", OUTPUTS * SHAPE[0] * 9),
-        # Coded per channel and fed with integers: w4a8 and w4a8dyn.
-        ("linear", 2 * OUTPUTS * WIDTH),
+        # w4a8 and w4.
+        ("conv", 2 * OUTPUTS * SHAPE[0] * 9),
+        # Where the kernel does not take 4 bits itself: w4a8, w4a8dyn, w4 and w4g32.
+        ("linear", 4 * OUTPUTS * WIDTH),
     ],
 )
-def test_int4_storage_gives_the_bits_of_int8_storage_in_half_the_bytes(
+def test_4_bit_storage_gives_the_bits_of_int8_storage_in_half_the_bytes(
     name: str, n_weights: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     emitted: Ran = request.getfixturevalue(name)
@@ -264,15 +268,15 @@ def test_int4_storage_gives_the_bits_of_int8_storage_in_half_the_bytes(
     assert len(graph) - len(emitted.graph) > n_weights // 2 - 2 * 200
     # Widened once, where the graph is loaded.
     held = {tensor.data_type for tensor in emitted.optimized.graph.initializer}
-    assert onnx.TensorProto.INT4 not in held
+    assert not held & NARROW.keys()
 
 
 def test_codes_of_4_bits_are_stored_low_half_first() -> None:
     codes = np.array([[-7, 7, 0], [1, -1, 3]], np.int8)
-    tensor = lowering._int4(codes, "codes")
+    tensor = lowering._four_bits(codes, "codes", onnx.TensorProto.INT4)
     assert tensor.raw_data == bytes([0x79, 0x10, 0x3F])
     np.testing.assert_array_equal(numpy_helper.to_array(tensor).astype(np.int8), codes)
-    odd = lowering._int4(codes[:, :1].repeat(3, 1)[:1], "odd")
+    odd = lowering._four_bits(codes[:, :1].repeat(3, 1)[:1], "odd", onnx.TensorProto.INT4)
     assert len(odd.raw_data) == 2
     np.testing.assert_array_equal(numpy_helper.to_array(odd).astype(np.int8), [[-7, -7, -7]])
 
