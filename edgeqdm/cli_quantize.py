@@ -289,7 +289,7 @@ def retabulate(
         found = store.retabulate(quantized, denoiser)
         size = store.save_quantized(found.quantized, out, generator=found.generator)
     output.result(
-        {"file": str(out), "steps": steps, "stored_bytes": size},
+        {"file": str(out), "steps": denoiser.program.n_steps, "stored_bytes": size},
         f"{out}: {denoiser.program.n_steps} steps, {size / 1e6:.2f} MB",
     )
 

@@ -253,7 +253,9 @@ def test_the_corrector_decides_what_is_corrected() -> None:
     nothing = Ptqd(gain=False, bias=False, variance=False)
     schedule = stages.correct(quantized(), small()[1], corrector=nothing)
     assert set(schedule.gain) == {1.0}
-    assert schedule.noise_std == small()[0].program.noise_std
+    assert {value for row in schedule.bias for value in row} == {0.0}
+    pairs = zip(schedule.noise_std, small()[0].program.noise_std, strict=True)
+    assert all(row == pytest.approx([plain] * len(row)) for row, plain in pairs)
     assert stages.correct(quantized(), small()[1]) != schedule
 
 
@@ -388,6 +390,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> stages.QuantizedModel:
 
 
 @pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> stages.QuantizedModel:
+    out = tmp_path_factory.mktemp("generated") / "mlp.safetensors"
+    return to_file(out, Method(mlp=True), correction=False)
+
+
+@pytest.fixture(scope="module")
 def tuned(
     whole: stages.QuantizedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> stages.QuantizedModel:
@@ -428,9 +436,8 @@ def test_without_a_correction_none_is_stored(tmp_path: Path) -> None:
     assert model.snr_db == snr_db(quantized())
 
 
-def test_a_generator_is_stored(tmp_path: Path) -> None:
-    model = to_file(tmp_path / "mlp.safetensors", Method(mlp=True), correction=False)
-    found = load_quantized(model.file, small()[0]).generator
+def test_a_generator_is_stored(generated: stages.QuantizedModel) -> None:
+    found = load_quantized(generated.file, small()[0]).generator
     assert found is not None
     assert len(found.names) == 3
 
@@ -512,12 +519,13 @@ def test_an_interrupted_training_leaves_nothing_and_ends_identical(
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_a_generator_outlives_a_training_that_did_not_help(tmp_path: Path) -> None:
+def test_a_generator_outlives_a_training_that_did_not_help(
+    generated: stages.QuantizedModel, tmp_path: Path
+) -> None:
     """The codes and scales stay as they were, and so does what generates them."""
-    model = to_file(tmp_path / "mlp.safetensors", Method(mlp=True), correction=False)
     settings = FinetuneSettings(iterations=1, batch=1, lr_weight=0.0, lr_scale=0.0)
-    kept = tune(model.file, tmp_path / "kept.safetensors", settings=settings, correction=False)
-    before, after = (load_quantized(file, small()[0]) for file in (model.file, kept.file))
+    kept = tune(generated.file, tmp_path / "kept.safetensors", settings=settings, correction=False)
+    before, after = (load_quantized(file, small()[0]) for file in (generated.file, kept.file))
     assert same(before.quantized, after.quantized)
     assert before.generator is not None
     assert after.generator is not None

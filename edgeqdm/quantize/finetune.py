@@ -80,9 +80,9 @@ class FinetuneSettings:
 
     iterations: int = 2000
     minutes: float | None = None
-    batch: int = 32
-    lr_weight: float = 1e-4
-    lr_scale: float = 1e-3
+    batch: int = 16
+    lr_weight: float = 5e-4
+    lr_scale: float = 3e-3
     temporal: bool = False
 
     def __post_init__(self) -> None:

@@ -203,7 +203,7 @@ def reconstruct(
     settings = settings or ReconstructionSettings()
     _check_selection(denoiser, selection)
     blocks = find_blocks(denoiser, tuple(coded_variants(plan)))
-    soft = soften(denoiser, plan, parameters, weight=FixedWeight).requires_grad_(False)
+    soft = soften(denoiser, plan, parameters, weight=FixedWeight)
     key = _key(denoiser, plan, parameters, selection, settings, seed)
     clock = _Deadline(settings.minutes, sum(block.macs for block in blocks))
     reports = []
@@ -222,7 +222,6 @@ def reconstruct(
                     _save(finished, file)
             parameters = replace(parameters, layers={**parameters.layers, **finished.layers})
             put_soft_layers(soft, denoiser, plan, parameters, block.layers, weight=FixedWeight)
-            soft.requires_grad_(False)
             clock.finish(block.macs)
             reports.append(finished.report)
             if progress is not None:
@@ -485,6 +484,7 @@ class _Task:
         """Learns until the deadline or the last iteration; returns the iterations done."""
         settings, clock = self._context.settings, self._context.soft.clock
         alphas, scales = self._alphas(), self._log_ratios()
+        self._context.soft.requires_grad_(False)
         for parameter in (*alphas, *scales):
             parameter.requires_grad_(True)
         rates = [(alphas, settings.lr_weight), (scales, settings.lr_activation)]

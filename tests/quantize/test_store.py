@@ -252,6 +252,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return file.read_bytes()
 
 
+def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    file, other = tmp_path / "model.safetensors", tmp_path / "other"
+    save_quantized(seen("small").quantize(seen("small").plan("w8a8")), file)
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode
+
+
 def with_metadata(data: bytes, change: Callable[[dict[str, str]], Any]) -> bytes:
     """The file with other words in it and all tensors as they were."""
     length = header_length(data)
