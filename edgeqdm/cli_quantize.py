@@ -104,7 +104,9 @@ def plan(
                 denoiser, calibration, found, seed=seed, work=work, progress=progress
             ).plan
         if step_aware:
-            found = pipeline.step_aware_plan(denoiser, calibration, found, progress=progress)
+            found = pipeline.step_aware_plan(
+                denoiser, calibration, found, work=work, progress=progress
+            )
         write_file_atomically(out, dump_record(found))
     phases = [f"{p.start}..{p.stop - 1}" for p in found.phases]
     output.result(

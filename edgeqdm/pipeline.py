@@ -142,6 +142,9 @@ def emit(
     out = Path(out)
     backend = load_backend(target)
     check_destination(out, force=force)
+    if quantized is not None and plan is not None:
+        message = "a quantized model has its plan in it"
+        raise InputError("EQ-3705", message, path="plan", hint="leave the plan or the file out")
     if quantized is not None:
         stored = load_quantized(Path(quantized), denoiser)
         schedule = stored.correction if correction else None

@@ -32,7 +32,7 @@ from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.correct.steps import activation_bits_by_step, contiguous
 from edgeqdm.emit.package import correction_key
 from edgeqdm.emit.writer import write_file_atomically
-from edgeqdm.errors import InputError
+from edgeqdm.errors import InputError, OutputError
 from edgeqdm.ir.codec import digest, dump_record, read_record
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, W8A8, ActivationPolicy, Precision
@@ -324,6 +324,7 @@ def step_aware_plan(
     plan: DeploymentPlan,
     *,
     bits: tuple[int, ...] = (4, 8),
+    work: Path | None = None,
     progress: Progress | None = None,
 ) -> DeploymentPlan:
     """The plan with fewer activation bits at steps whose diffusion noise hides the difference.
@@ -340,6 +341,7 @@ def step_aware_plan(
                 calibration.observations,
             ),
             calibration,
+            work=work,
             progress=progress,
         )
         for width in bits
@@ -463,6 +465,7 @@ def quantize_to_file(
         progress: told of finished work.
     """
     out = Path(out)
+    _check_file(out)
     quantizer.check_plan(denoiser, plan)
     folder = out.parent / f".{out.name}.work" if work is None else Path(work)
     calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
@@ -495,6 +498,7 @@ def finetune_file(
 ) -> QuantizedModel:
     """Train a stored quantized model further and store the result; see `finetune`."""
     out = Path(out)
+    _check_file(out)
     stored = load_quantized(Path(quantized), denoiser)
     folder = out.parent / f".{out.name}.work" if work is None else Path(work)
     calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
@@ -510,6 +514,11 @@ def finetune_file(
     if work is None:
         shutil.rmtree(folder, ignore_errors=True)
     return model
+
+
+def _check_file(out: Path) -> None:
+    if out.is_dir():
+        raise OutputError("EQ-7203", "a folder is there already", path=out, hint="name a file")
 
 
 def _store(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return Folder(tmp_path_factory.mktemp("folder"))
 
 
@@ -408,6 +409,7 @@ def test_a_usage_error_ends_with_2_and_one_line(arguments: list[str]) -> None:
 # What is written about it.
 
 
+@cache
 def group() -> Any:
     return typer.main.get_command(cli.app)
 

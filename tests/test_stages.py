@@ -368,7 +368,7 @@ def test_finetuning_keeps_plan_and_blocks_and_loses_nothing() -> None:
 
 
 def test_finetuning_with_temporal_networks_gives_a_generator() -> None:
-    settings = FinetuneSettings(iterations=30, batch=8, temporal=True, lr_weight=3e-4)
+    settings = FinetuneSettings(iterations=40, batch=16, temporal=True, lr_weight=3e-3)
     found = stages.finetune(Quantization(quantized("w4a4")), small()[1], settings=settings)
     assert found.generator is not None
     tables = found.generator.tabulate(found.quantized.parameters, small()[0].program.timesteps)
@@ -554,6 +554,14 @@ def test_a_plan_for_another_target_is_refused(tmp_path: Path) -> None:
     assert refused.value.code == "EQ-3303"
 
 
+def test_a_plan_beside_a_quantized_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "small.safetensors"
+    save_quantized(quantized(), file)
+    with pytest.raises(InputError) as refused:
+        pipeline.emit(small()[0], tmp_path / "package", quantized=file, plan=plan_of())
+    assert refused.value.code == "EQ-3705"
+
+
 def test_a_folder_in_the_way_of_a_package_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "small.safetensors"
     save_quantized(quantized(), file)
@@ -571,5 +579,5 @@ def test_a_folder_in_the_way_of_a_file_stays(tmp_path: Path) -> None:
     out.mkdir()
     with pytest.raises(OutputError) as refused:
         to_file(out, Method(), samples=1, correction=False)
-    assert refused.value.code == "EQ-7202"
-    assert out.is_dir()
+    assert refused.value.code == "EQ-7203"
+    assert list(tmp_path.iterdir()) == [out]

@@ -37,9 +37,7 @@ def quantize_activation(
     return torch.clamp(torch.round(x / scale) + zero_point, 0, activation_max(bits))
 
 
-def centred_codes(
-    x: Tensor, scale: Tensor, zero_point: int, bits: int = ACTIVATION_BITS
-) -> Tensor:
+def centred_codes(x: Tensor, scale: Tensor, zero_point: int, bits: int = ACTIVATION_BITS) -> Tensor:
     """`quantize_activation(...) - zero_point` in fewer passes over memory."""
     codes = torch.div(x, scale).round_()
     return codes.clamp_(-zero_point, activation_max(bits) - zero_point)

@@ -73,9 +73,7 @@ class ActivationScales:
     bits: int = ACTIVATION_BITS
 
 
-def full_scale(
-    low: Tensor, high: Tensor, zero_point: int, bits: int = ACTIVATION_BITS
-) -> Tensor:
+def full_scale(low: Tensor, high: Tensor, zero_point: int, bits: int = ACTIVATION_BITS) -> Tensor:
     """Smallest scale that clips nothing between low and high, [S] each; 1 where both are 0."""
     # 0 is always representable; a side with no codes cannot be covered and is clipped.
     below, above = zero_point, activation_max(bits) - zero_point
@@ -168,9 +166,7 @@ def minmax_activation(ranges: StepRanges, *, bits: int = ACTIVATION_BITS) -> Act
     low, high = float(ranges.low.min().clamp(max=0)), float(ranges.high.max().clamp(min=0))
     span = max(high - low, MIN_SCALE)
     zero_point = min(max(round(-low / span * activation_max(bits)), 0), activation_max(bits))
-    return ActivationScales(
-        full_scale(ranges.low, ranges.high, zero_point, bits), zero_point, bits
-    )
+    return ActivationScales(full_scale(ranges.low, ranges.high, zero_point, bits), zero_point, bits)
 
 
 def minmax_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:

@@ -23,7 +23,7 @@ from edgeqdm.calibrate.trajectories import Progress
 from edgeqdm.errors import InputError
 from edgeqdm.ir.codec import digest
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import GROUP_SIZES, Precision
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer
 from edgeqdm.numerics.cost import bit_operations
@@ -95,11 +95,17 @@ def plan_groups(
             path="plan",
             hint="give linear layers a precision such as w4g128a8dyn, in one phase",
         )
+    settings = settings or GroupSearchSettings()
+    wrong = [size for size in settings.choices if size not in GROUP_SIZES]
+    if wrong:
+        raise InputError(
+            "EQ-3247",
+            f"a group of {wrong[0]} input channels",
+            path="choices",
+            hint="groups have 16 to 256 input channels",
+        )
     price = _prices(denoiser, grouped, cost)
-    names, settings = (
-        [assignment.layer for assignment in grouped],
-        settings or GroupSearchSettings(),
-    )
+    names = [assignment.layer for assignment in grouped]
     score = fitness or partial(
         output_error,
         denoiser,

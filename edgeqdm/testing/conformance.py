@@ -248,9 +248,7 @@ class BackendConformance:
         self, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         quantized = tiny_quantized("dit", backend.name)
-        monkeypatch.setattr(
-            type(backend), "menu", lambda _: dict.fromkeys(LayerKind, (FP32,))
-        )
+        monkeypatch.setattr(type(backend), "menu", lambda _: dict.fromkeys(LayerKind, (FP32,)))
         with pytest.raises(UnsupportedError) as caught:
             emit_package(quantized, backend, tmp_path / "package")
         assert quantized.plan.phases[0].integer_layers()[0] in caught.value.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -309,6 +310,13 @@ def test_an_unknown_cost_is_named() -> None:
         search(cost="flops")
     assert refused.value.code == "EQ-3246"
     assert refused.value.hint == "use bit_operations or bytes"
+
+
+@pytest.mark.parametrize("choices", [(8, 32), (32, 0), (257,)])
+def test_sizes_no_precision_has_are_refused(choices: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="16 to 256") as refused:
+        search(settings=replace(SETTINGS, choices=choices))
+    assert refused.value.code == "EQ-3247"
 
 
 def test_tokens_of_a_transformer_are_its_patches_once_per_call() -> None:
