@@ -170,4 +170,4 @@ def test_plan_in_a_package_gives_a_reason_for_every_layer(package: Path) -> None
     plan = json.loads((package / "plan.json").read_text())
     layers = plan["phases"][0]["layers"]
     assert all(layer["reason"].startswith(layer["precision"]) for layer in layers)
-    assert {layer["precision"] for layer in layers} == {"w8a8", "fp32"}
+    assert {layer["precision"] for layer in layers} == {"w8a8", "fp32", "table"}

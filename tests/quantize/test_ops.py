@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeqdm.quantize import ops
 from edgeqdm.quantize.ops import (
@@ -455,3 +455,37 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 def test_further_ops_pass_the_checks_of_custom_ops(name: str) -> None:
     op, arguments = cases()[name]
     assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_requantization_reproduces_fake_quantization_within_one_code(step: int) -> None:
+    """T9: one multiplier per step and channel stands for both scales of the input and the weight."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(2, 4, 6, 6, generator=generator)
+    weight = torch.randint(-127, 128, (5, 4, 3, 3), generator=generator).to(torch.int8)
+    weight_scale = torch.rand(5, generator=generator) * 0.01 + 1e-3
+    scale, out_scale = torch.tensor([0.05, 0.03, 0.02]), torch.tensor([0.2, 0.1, 0.05])
+    found = qconv2d(
+        x,
+        weight,
+        weight_scale,
+        None,
+        scale,
+        128,
+        8,
+        out_scale,
+        128,
+        torch.tensor(step),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        1,
+    )
+    codes = torch.clamp(torch.round(x / scale[step]), -128, 127)
+    real = weight.double() * weight_scale.double()[:, None, None, None]
+    fake = nn.functional.conv2d(codes.double() * scale[step].double(), real, padding=1)
+    expected = torch.clamp(torch.round(fake / out_scale[step].double()), -128, 127)
+    difference = (found.double() / out_scale[step].double()).round() - expected
+    assert float(difference.abs().max()) <= 1
+    # Only sums that lie on a half differ at all.
+    assert float((difference != 0).double().mean()) < 0.01
