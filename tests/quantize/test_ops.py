@@ -459,7 +459,7 @@ def test_further_ops_pass_the_checks_of_custom_ops(name: str) -> None:
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_requantization_reproduces_fake_quantization_within_one_code(step: int) -> None:
-    """T9: one multiplier per step and channel stands for both scales of the input and the weight."""
+    """T9: one multiplier per step and channel stands for the scales of input, weight and output."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(2, 4, 6, 6, generator=generator)
     weight = torch.randint(-127, 128, (5, 4, 3, 3), generator=generator).to(torch.int8)
