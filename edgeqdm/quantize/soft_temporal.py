@@ -19,6 +19,9 @@ from edgeqdm.quantize.soft import SoftNetwork
 from edgeqdm.quantize.soft_activations import SoftActivation, TabledQuantizer
 from edgeqdm.quantize.tdq import ScaleGenerator
 
+START_ITERATIONS = 300
+"""Of the regression on the first tables: half as many miss some by 7 %, these by 1 %."""
+
 
 class FedQuantizer(TabledQuantizer):
     """Rounds with a table that somebody else computes; learns nothing itself.
@@ -106,6 +109,7 @@ def start_at(
         torch.stack([table.scale for table in tables]),
         bits=[table.bits for table in tables],
         generator=generator,
+        iterations=START_ITERATIONS,
         refinements=0,
     )
     kept = (scales.weights[0] != 0).to(torch.float32)

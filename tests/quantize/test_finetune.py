@@ -20,6 +20,7 @@ from edgeqdm.ir.precision import FP32, ActivationPolicy, Precision
 from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.models.layers import get_layer, network_of
 from edgeqdm.quantize import finetune as module
+from edgeqdm.quantize import soft_temporal
 from edgeqdm.quantize.finetune import CodedWeight, Finetuned, FinetuneSettings, finetune
 from edgeqdm.quantize.parameters import LayerParameters, Parameters
 from edgeqdm.quantize.plans import default_plan
@@ -205,6 +206,7 @@ def test_resumed_training_ends_as_if_it_had_never_stopped(
 ) -> None:
     """I10."""
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(soft_temporal, "START_ITERATIONS", 10)
     denoiser, trajectories = small()
     settings = replace(FAST, iterations=8, temporal=temporal)
     plan = plan_of("w4a4")
@@ -364,7 +366,10 @@ def test_tables_are_the_networks_of_the_timestep() -> None:
     assert found.loss_after == pytest.approx(held_out_error(plan, found.parameters), rel=0.02)
 
 
-def test_training_that_does_not_help_gives_back_what_it_got() -> None:
+def test_training_that_does_not_help_gives_back_what_it_got(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(soft_temporal, "START_ITERATIONS", 1)
     _, before, found = trained("w8a8", replace(FAST, iterations=3, lr_weight=0.3, temporal=True))
     assert not found.improved
     assert found.parameters is before
