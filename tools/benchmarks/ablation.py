@@ -122,10 +122,10 @@ def compute(
 ) -> dict[str, Any]:
     """Quantize as the row says and measure; runs in a process of its own."""
     import torch
-    from edgeqdm.quantize.finetune import FinetuneSettings
 
     from edgeqdm import load, pipeline
     from edgeqdm.correct.corrector import Ptqd
+    from edgeqdm.quantize.finetune import FinetuneSettings
     from edgeqdm.quantize.reconstruct import ReconstructionSettings
     from edgeqdm.quantize.store import save_quantized
 
