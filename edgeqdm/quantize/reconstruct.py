@@ -86,7 +86,7 @@ class ReconstructionSettings:
         drop: probability that an element of an activation is not quantized while training.
         regulariser: weight of the pressure on rounding to decide; the loss of nearest rounding is
             `1 + inner_weight`. 0 is off, as in EDA-DM.
-        minutes: for the whole network; iterations are reduced to fit. None for no limit.
+        minutes: CPU minutes for the whole network; iterations are reduced to fit. None: no limit.
 
     Raises:
         InputError: if a field is out of range.
@@ -251,14 +251,14 @@ class _Deadline:
     """Shares the remaining time out over the remaining blocks by their multiply-adds."""
 
     def __init__(self, minutes: float | None, macs: int) -> None:
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._end = None if minutes is None else time.process_time() + 60 * minutes
         self._macs = macs
 
     def of_block(self, macs: int) -> float:
         """When a block has to be done."""
         if self._end is None:
             return math.inf
-        now = time.monotonic()
+        now = time.process_time()
         return now + max(0.0, self._end - now) * macs / max(self._macs, 1)
 
     def finish(self, macs: int) -> None:
@@ -494,7 +494,7 @@ class _Task:
         optimizer = torch.optim.Adam(groups)
         first_rates = [cast(float, group["lr"]) for group in groups]
         clock.drop, clock.generator = settings.drop, self._generator
-        total, done, started = settings.iterations, 0, time.monotonic()
+        total, done, started = settings.iterations, 0, time.process_time()
         while done < total:
             for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * done / total)) / 2
@@ -505,9 +505,9 @@ class _Task:
             loss.backward()
             optimizer.step()
             done += 1
-            if done == TIMED or (done > TIMED and time.monotonic() > deadline):
-                each = (time.monotonic() - started) / done
-                left = max(0.0, deadline - time.monotonic())
+            if done == TIMED or (done > TIMED and time.process_time() > deadline):
+                each = (time.process_time() - started) / done
+                left = max(0.0, deadline - time.process_time())
                 total = int(min(total, done + left / each))
         clock.drop = 0.0
         return done
