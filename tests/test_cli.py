@@ -33,33 +33,16 @@ from edgeqdm.errors import (
     VerifyError,
 )
 from edgeqdm.ir.codec import dump_record, parse_record
-from edgeqdm.ir.model import Conditioning, Decoder, ModelInfo
-from edgeqdm.ir.package import Artifact, Manifest, ScheduleFile
+from edgeqdm.ir.model import Conditioning, Decoder
+from edgeqdm.ir.package import Artifact, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan, Phase
 from edgeqdm.ir.report import BenchReport, BenchRow, Host
 from edgeqdm.ir.schedule import SamplerProgram
+from edgeqdm.testing.manifests import tiny_manifest
 
-MANIFEST = Manifest(
-    edgeqdm_version="0.1.0",
-    created="2026-01-01T00:00:00Z",
-    target="onnxruntime",
-    model=ModelInfo(
-        name="unet-fmnist",
-        family="UNet2DModel",
-        sample_shape=(4, 16, 16),
-        conditioning=Conditioning(kind="none"),
-        decoder=Decoder(),
-        layers=(),
-        fingerprint="f" * 64,
-    ),
-    guidance=2.0,
-    n_steps=3,
-    program_sha256="0" * 64,
-    plan_sha256="0" * 64,
+MANIFEST = tiny_manifest(
     integer_layers=7,
-    library_versions={},
     files={"model.onnx": Artifact(sha256="0" * 64, size=2_500_000, role="model")},
-    manifest_sha256="0" * 64,
 )
 VERIFICATION = Verification(
     MANIFEST, KernelCount(integer=7, floating=2, by_name={"QLinearConv": 7}), 7, (0.1, 0.25, 0.2)
@@ -161,7 +144,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     for name in VERB_ARGUMENTS:
         replace(pipeline, name)
     replace(edgeqdm.models.load, "load")
-    monkeypatch.setattr(edgeqdm.models.load, "reference_names", lambda: ("unet-fmnist",))
+    monkeypatch.setattr(edgeqdm.models.load, "reference_names", lambda: ("tiny",))
     return found
 
 
@@ -299,7 +282,7 @@ def test_run_hands_every_option_on(calls: Calls) -> None:
 def test_bench_loads_the_model_with_the_settings_of_the_package(calls: Calls) -> None:
     assert call("bench", "package", "--rounds", "7", "--images", "5", "--fid", "100").exit_code == 0
     loaded = calls["load"]
-    assert loaded["positional"] == ("reference:unet-fmnist",)
+    assert loaded["positional"] == ("reference:tiny",)
     assert (loaded["steps"], loaded["guidance"], loaded["eta"]) == (3, 2.0, 0.5)
     measured = calls["bench"]
     assert (measured["model"], measured["rounds"]) == ("the denoiser", 7)

@@ -29,6 +29,9 @@ bits), 3 % (6) and 2 to 3 % (8). Twice the candidates, other zero points or ends
 separately gain less than 0.6 % more."""
 FLOAT32_EXACT_GROUP = 256
 """Codes and zero points are at most 255 apart on both sides: 256 x 255^2 < 2^24."""
+CACHED_TOKENS = 512
+"""Tokens multiplied at a time: their sums stay in the cache while groups are added, which takes
+half the time of all tokens at once."""
 SEARCH_ELEMENTS = 2**21
 """Weights searched at a time: bounds the memory to a few copies of so many numbers."""
 
@@ -167,7 +170,7 @@ def grouped_matmul(codes: Tensor, activation_scale: Tensor, weight: GroupedWeigh
     """Integer product of a linear layer, rescaled group by group, float32 [..., N].
 
     The sum inside a group is exact: integers are carried in float32 while none can reach 2^24,
-    else in float64. Groups are then added in float32, `acc * (activation_scale * scale)` each.
+    else in float64. Groups are then added in float32, `acc * scale * activation_scale` each.
 
     Args:
         codes: whole numbers [..., K] of magnitude at most 255, zero_point already subtracted.
@@ -190,14 +193,22 @@ def grouped_matmul(codes: Tensor, activation_scale: Tensor, weight: GroupedWeigh
             hint="activation and weight share one group_size",
         )
     carrier = torch.float32 if group_size <= FLOAT32_EXACT_GROUP else torch.float64
-    y = activation_scale.new_zeros((*codes.shape[:-1], weight.codes.shape[0]))
-    for index in range(groups):
-        part = slice(index * group_size, (index + 1) * group_size)
-        centred = weight.codes[:, part].to(carrier) - weight.zero_point[:, index, None]
-        accumulator = F.linear(codes[..., part].to(carrier), centred).to(torch.float32)
-        scale = activation_scale if columns == 1 else activation_scale[..., index, None]
-        y += accumulator * (scale * weight.scale[:, index])
-    return y
+    centred = grouped_view(weight.codes, group_size).to(carrier) - weight.zero_point[..., None]
+    tokens = codes.reshape(-1, width)
+    scales = activation_scale.expand(*codes.shape[:-1], columns).reshape(-1, columns)
+    y = torch.zeros(len(tokens), weight.codes.shape[0])
+    for mine, scale, total in zip(
+        tokens.split(CACHED_TOKENS),
+        scales.split(CACHED_TOKENS),
+        y.split(CACHED_TOKENS),
+        strict=True,
+    ):
+        for index, part in enumerate(mine.split(group_size, -1)):
+            rows = centred[:, index, : part.shape[1]]
+            accumulator = F.linear(part.to(carrier), rows).to(torch.float32)
+            of_group = scale[:, index if columns > 1 else 0, None]
+            total.addcmul_(accumulator.mul_(weight.scale[:, index]), of_group)
+    return y.reshape(*codes.shape[:-1], -1)
 
 
 def _extremes(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ class BlockReport:
         name: of the block.
         layers: its planned layers.
         iterations: really done.
-        seconds: for all of it.
+        seconds: of processor time, for all of it.
         loss_nearest: relative error of the block's output on held-out samples as it was given,
             fed by the quantized network before it.
         loss_soft: with learned rounding that may still be undecided.
@@ -384,7 +384,7 @@ def _reconstruct_block(
     generator: torch.Generator,
     clock: _Deadline,
 ) -> _Finished:
-    started, deadline = time.monotonic(), clock.of_block(block.macs)
+    started, deadline = time.process_time(), clock.of_block(block.macs)
     soft, rows = context.soft, context.rows
     soft.clock.drop = 0.0
     with _captured(context, block) as (float_calls, soft_calls):
@@ -406,7 +406,7 @@ def _reconstruct_block(
         block.name,
         block.layers,
         iterations,
-        time.monotonic() - started,
+        time.process_time() - started,
         loss_nearest,
         loss_soft,
         loss_hard,

@@ -18,36 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeqdm.emit.integrity import MANIFEST, check_files, path_faults, seal_manifest
 from edgeqdm.errors import EdgeqdmError, UnsupportedError, VerifyError
 from edgeqdm.ir.codec import dump_record, parse_record
-from edgeqdm.ir.model import Conditioning, Decoder, ModelInfo
 from edgeqdm.ir.package import UNSEALED, Artifact, Manifest
+from edgeqdm.testing.manifests import tiny_manifest
 
 FILES = {"model.onnx": b"", "plan.json": b"{}\n", "runtime/run.py": b"pass\n", "weights.bin": b""}
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 def manifest_of(files: dict[str, Artifact]) -> Manifest:
-    return Manifest(
-        edgeqdm_version="0.1.0",
-        created="2026-01-01T00:00:00Z",
-        target="onnxruntime",
-        model=ModelInfo(
-            name="tiny",
-            family="UNet2DModel",
-            sample_shape=(1, 8, 8),
-            conditioning=Conditioning(kind="none"),
-            decoder=Decoder(),
-            layers=(),
-            fingerprint="0" * 64,
-        ),
-        guidance=1.0,
-        n_steps=2,
-        program_sha256="0" * 64,
-        plan_sha256="0" * 64,
-        integer_layers=0,
-        library_versions={},
-        files=files,
-        manifest_sha256=UNSEALED,
-    )
+    return tiny_manifest(files=files)
 
 
 def external_tensor(**changes: Any) -> TensorProto:

@@ -20,31 +20,9 @@ from edgeqdm.emit.integrity import check_files, seal_manifest
 from edgeqdm.emit.writer import Staging, staged_package, write_file_atomically
 from edgeqdm.errors import OutputError
 from edgeqdm.ir.codec import dump_record
-from edgeqdm.ir.model import Conditioning, Decoder, ModelInfo
-from edgeqdm.ir.package import UNSEALED, Manifest
+from edgeqdm.testing.manifests import tiny_manifest
 
-EMPTY_MANIFEST = Manifest(
-    edgeqdm_version="0.1.0",
-    created="2026-01-01T00:00:00Z",
-    target="onnxruntime",
-    model=ModelInfo(
-        name="tiny",
-        family="UNet2DModel",
-        sample_shape=(1, 8, 8),
-        conditioning=Conditioning(kind="none"),
-        decoder=Decoder(),
-        layers=(),
-        fingerprint="0" * 64,
-    ),
-    guidance=1.0,
-    n_steps=2,
-    program_sha256="0" * 64,
-    plan_sha256="0" * 64,
-    integer_layers=0,
-    library_versions={},
-    files={},
-    manifest_sha256=UNSEALED,
-)
+EMPTY_MANIFEST = tiny_manifest()
 
 
 def seal(staging: Staging) -> None:

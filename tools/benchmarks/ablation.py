@@ -18,6 +18,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -126,34 +127,23 @@ def compute(
     from edgeqdm import load, pipeline
     from edgeqdm.correct.corrector import Ptqd
     from edgeqdm.quantize.finetune import FinetuneSettings
-    from edgeqdm.quantize.reconstruct import ReconstructionSettings
     from edgeqdm.quantize.store import save_quantized
 
     torch.set_num_threads(1)
     denoiser = load(f"reference:{model}", steps=STEPS, eta=eta)
     work = work / f"{model}-{eta:g}"
     calibration = pipeline.calibrate(denoiser, samples=RUNS, seed=CALIBRATION_SEED, work=work)
-    start = time.process_time()
-    plan = plan_of(denoiser, width, row)
-    if row.step_aware:
-        plan = pipeline.step_aware_plan(denoiser, calibration, plan)
-    settings = ReconstructionSettings(iterations=options["iterations"])
-    method = pipeline.Method(
-        ranges=row.ranges,  # type: ignore[arg-type]
-        reconstruction=settings if row.reconstruct else None,
-        selected=SELECTED,
-        density=row.reconstruct == "density",
-    )
-    found = pipeline.quantize(denoiser, calibration, plan=plan, method=method, work=work)
+    found, minutes = quantize_timed(denoiser, calibration, width, row, work, options)
     if row.tuned:
         wide = pipeline.calibrate(
             denoiser, samples=TRAINING_RUNS, seed=CALIBRATION_SEED + 1, work=work
         )
+        start = time.process_time()
         found = pipeline.finetune(
             found, wide, settings=FinetuneSettings(minutes=options["minutes"]), work=work
         )
+        minutes += (time.process_time() - start) / 60
     quantized = found.quantized
-    minutes = (time.process_time() - start) / 60
     statistics = pipeline.measure(quantized, calibration, work=work)
     correction = None
     if row.correct:
@@ -168,14 +158,42 @@ def compute(
         "weight_bytes": stored,
         "weight_share": stored / whole,
         "quantization_cpu_minutes": minutes,
-        "phases": [[p.start, p.stop] for p in plan.phases],
+        "phases": [[p.start, p.stop] for p in quantized.plan.phases],
         "blocks": [asdict(block) for block in found.blocks],
         **measure_images(quantized, correction, work, options),
     }
-    if fid_wanted(row):
+    if fid_wanted(row, width):
         result["feature_fid"] = measure_fid(denoiser, quantized, correction, options["fid"])
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
+
+
+def quantize_timed(
+    denoiser: Any, calibration: Any, width: str, row: Row, work: Path, options: dict[str, Any]
+) -> tuple[Any, float]:
+    """The network before training, and the CPU minutes it takes; finished blocks are reused."""
+    from edgeqdm import pipeline
+    from edgeqdm.quantize.reconstruct import ReconstructionSettings
+
+    settings = ReconstructionSettings(iterations=options["iterations"], batch=options["batch"])
+    method = pipeline.Method(
+        ranges=row.ranges,  # type: ignore[arg-type]
+        reconstruction=settings if row.reconstruct else None,
+        selected=SELECTED,
+        density=row.reconstruct == "density",
+    )
+    start = time.process_time()
+    plan = plan_of(denoiser, width, row)
+    if row.step_aware:
+        plan = pipeline.step_aware_plan(denoiser, calibration, plan)
+    planned = time.process_time() - start
+    if row.reconstruct:
+        pipeline.quantize(denoiser, calibration, plan=plan, method=method, work=work)
+    start = time.process_time()
+    # Blocks are all finished now, and tell their own time, whichever row paid it.
+    found = pipeline.quantize(denoiser, calibration, plan=plan, method=method, work=work)
+    rest = time.process_time() - start
+    return found, (planned + rest + sum(block.seconds for block in found.blocks)) / 60
 
 
 def plan_of(denoiser: Any, width: str, row: Row) -> Any:
@@ -193,9 +211,10 @@ def plan_of(denoiser: Any, width: str, row: Row) -> Any:
     )
 
 
-def fid_wanted(row: Row) -> bool:
+def fid_wanted(row: Row, width: str) -> bool:
+    """The first row, those with all corrections, and every baseline of 4-bit activations."""
     first, last = row.ranges == "minmax", "variance" in row.correct
-    return first or last
+    return first or last or (width == "w4a4" and row.reconstruct is None)
 
 
 def measure_images(
@@ -281,13 +300,19 @@ class Task:
         return key_of(self.model, self.width, self.eta, self.row)
 
 
-def tasks(models: Sequence[str], widths: Sequence[str], etas: Sequence[float]) -> Iterator[Task]:
+def lanes(
+    models: Sequence[str], widths: Sequence[str], etas: Sequence[float]
+) -> Iterator[list[Task]]:
+    """Tasks that share finished work, in an order in which it is not done twice."""
     for eta in etas:
         for model in models:
-            yield Task(model, "float", eta, None)
-            for width in widths:
-                for row in rows_of(model, width):
-                    yield Task(model, width, eta, row)
+            every = [(width, row) for width in widths for row in rows_of(model, width)]
+            # Training takes longest and is the last thing added.
+            every.sort(key=lambda pair: pair[1].tuned)
+            yield [
+                Task(model, "float", eta, None),
+                *(Task(model, width, eta, row) for width, row in every),
+            ]
 
 
 def run_task(task: Task, work: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -331,28 +356,68 @@ def table(
     eta: Annotated[list[float], typer.Option()] = list(ETAS),  # noqa: B006
     images: Annotated[int, typer.Option(help="Per seed.")] = 64,
     fid: Annotated[int, typer.Option(help="Images of feature-FID.")] = 2000,
-    iterations: Annotated[int, typer.Option(help="Of reconstruction, per block.")] = 500,
-    minutes: Annotated[float, typer.Option(help="CPU minutes of training.")] = 20.0,
+    iterations: Annotated[int, typer.Option(help="Of reconstruction, per block.")] = 250,
+    batch: Annotated[int, typer.Option(help="Of reconstruction.")] = 16,
+    minutes: Annotated[float, typer.Option(help="CPU minutes of training.")] = 6.0,
     jobs: Annotated[int, typer.Option(help="Rows computed at once, one thread each.")] = 2,
 ) -> None:
     """Compute all rows that the output file lacks, then draw the figure beside it."""
-    options = {"images": images, "fid": fid, "iterations": iterations, "minutes": minutes}
+    options = {
+        "images": images,
+        "fid": fid,
+        "iterations": iterations,
+        "batch": batch,
+        "minutes": minutes,
+    }
     report = read_report(out, options)
-    missing = [task for task in tasks(model, width, eta) if task.key not in report["rows"]]
+    wanted = [
+        [task for task in lane if task.key not in report["rows"]]
+        for lane in lanes(model, width, eta)
+    ]
     work.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    progress = Progress(report, out, sum(len(lane) for lane in wanted))
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run_task, task, work, options): task for task in missing}
-        for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
-            task, result = running[future], future.result()
-            report["rows"][task.key] = {**result, "commit": commit()}
-            write_report(report, out)
-            left = (time.monotonic() - started) / done * (len(missing) - done) / 60
+        running = [pool.submit(run_lane, lane, work, options, progress) for lane in wanted]
+        try:
+            for lane_done in running:
+                lane_done.result()
+        except KeyboardInterrupt:
+            progress.stopped = True
+            pool.shutdown(cancel_futures=True)
+            raise
+    draw_figure(report, out.with_suffix(".png"))
+    if any("error" in each for each in report["rows"].values()):
+        raise typer.Exit(1)
+
+
+class Progress:
+    """Keeps every finished row in the output file and tells how long the rest will take."""
+
+    def __init__(self, report: dict[str, Any], out: Path, total: int) -> None:
+        self._report, self._out, self._total = report, out, total
+        self._done, self._started, self._lock = 0, time.monotonic(), threading.Lock()
+        self.stopped = False
+
+    def finish(self, task: Task, result: dict[str, Any]) -> None:
+        with self._lock:
+            self._report["rows"][task.key] = {**result, "commit": commit()}
+            write_report(self._report, self._out)
+            self._done += 1
+            spent = (time.monotonic() - self._started) / 60
+            left = spent / self._done * (self._total - self._done)
             shown = result.get("error") or f"{result.get('image_sqnr_mean_db', 0.0):.1f} dB"
             print(
-                f"{done}/{len(missing)} {task.key}: {shown}; about {left:.0f} min left", flush=True
+                f"{self._done}/{self._total} {task.key}: {shown}; about {left:.0f} min left",
+                flush=True,
             )
-    draw_figure(report, out.with_suffix(".png"))
+
+
+def run_lane(lane: Sequence[Task], work: Path, options: dict[str, Any], progress: Progress) -> None:
+    for task in lane:
+        result = run_task(task, work, options)
+        if progress.stopped:
+            return
+        progress.finish(task, result)
 
 
 def read_report(file: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -363,7 +428,7 @@ def read_report(file: Path, options: dict[str, Any]) -> dict[str, Any]:
         report["rows"] = {k: v for k, v in report["rows"].items() if "error" not in v}
         return report
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python tools/benchmarks/ablation.py " + " ".join(sys.argv[1:]),
         "machine": {"cpu": cpu_name(), "system": platform.system(), "threads_per_row": 1},
         "options": options,
         "provenance": "measured with the integer reference in torch; minutes are CPU minutes",

@@ -30,35 +30,16 @@ from edgeqdm.errors import (
     UnsupportedError,
     VerifyError,
 )
-from edgeqdm.ir.model import Conditioning, Decoder, ModelInfo
-from edgeqdm.ir.package import SCHEMA_VERSION, UNSEALED, Artifact, Manifest
+from edgeqdm.ir.package import SCHEMA_VERSION, Artifact
 from edgeqdm.numerics.solver import Table
+from edgeqdm.testing.manifests import tiny_manifest
 
 CONTENTS = {"plan.json": b"{}\n", "weights.bin": bytes(range(16))}
-MANIFEST = Manifest(
-    edgeqdm_version="0.1.0",
-    created="2026-01-01T00:00:00Z",
-    target="onnxruntime",
-    model=ModelInfo(
-        name="tiny",
-        family="UNet2DModel",
-        sample_shape=(1, 8, 8),
-        conditioning=Conditioning(kind="none"),
-        decoder=Decoder(),
-        layers=(),
-        fingerprint="0" * 64,
-    ),
-    guidance=1.0,
-    n_steps=2,
-    program_sha256="0" * 64,
-    plan_sha256="0" * 64,
-    integer_layers=0,
-    library_versions={},
+MANIFEST = tiny_manifest(
     files={
         name: Artifact(sha256=hashlib.sha256(data).hexdigest(), size=len(data), role="model")
         for name, data in CONTENTS.items()
-    },
-    manifest_sha256=UNSEALED,
+    }
 )
 
 
