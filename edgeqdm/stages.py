@@ -23,17 +23,29 @@ from edgeqdm.calibrate.observe import (
     observe,
     save_observations,
 )
-from edgeqdm.calibrate.select import Selection, allocate, record_features, select
-from edgeqdm.calibrate.trajectories import CHUNK, Trajectories, collect_trajectories
+from edgeqdm.calibrate.select import (
+    Selection,
+    allocate,
+    load_selection,
+    record_features,
+    save_selection,
+    select,
+)
+from edgeqdm.calibrate.trajectories import (
+    CHUNK,
+    Trajectories,
+    collect_trajectories,
+    load_tensors,
+    save_tensors,
+)
 from edgeqdm.correct.apply import correct_schedule
 from edgeqdm.correct.closed_loop import second_pass
 from edgeqdm.correct.corrector import Corrector
 from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.correct.steps import activation_bits_by_step, contiguous
 from edgeqdm.emit.package import correction_key
-from edgeqdm.emit.writer import write_file_atomically
-from edgeqdm.errors import InputError, OutputError
-from edgeqdm.ir.codec import digest, dump_record, read_record
+from edgeqdm.errors import OutputError
+from edgeqdm.ir.codec import digest, dump_record, parse_record
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, W8A8, ActivationPolicy, Precision
 from edgeqdm.ir.schedule import CorrectedSchedule
@@ -42,7 +54,7 @@ from edgeqdm.models.levels import noise_levels
 from edgeqdm.quantize import finetune as finetuning
 from edgeqdm.quantize import quantizer
 from edgeqdm.quantize.finetune import FinetuneSettings
-from edgeqdm.quantize.fold import dependence
+from edgeqdm.quantize.fold import dependence, table_cost
 from edgeqdm.quantize.group_plan import GroupPlan, plan_groups
 from edgeqdm.quantize.group_search import GroupSearchSettings
 from edgeqdm.quantize.plans import default_plan, with_activation_bits
@@ -165,7 +177,7 @@ def quantize(
             denoiser,
             chosen,
             parameters,
-            select_samples(denoiser, calibration, method, seed=seed, progress=progress),
+            select_samples(denoiser, calibration, method, seed=seed, work=work, progress=progress),
             settings=method.reconstruction,
             seed=seed,
             work=work,
@@ -187,8 +199,11 @@ def rule_plan(
     embedding: Precision = FP32,
     activation: ActivationPolicy | None = None,
 ) -> DeploymentPlan:
-    """`default_plan`, with layers that depend on the timestep alone looked up in tables."""
+    """`default_plan`; layers of the timestep alone become tables where those are smaller."""
     timed = [name for name, kind in dependence(denoiser).items() if kind == "time"]
+    cost = table_cost(denoiser, timed)
+    if cost.table_bytes > cost.removed_bytes:
+        timed = []
     return default_plan(
         denoiser.info,
         target,
@@ -206,10 +221,17 @@ def select_samples(
     method: Method,
     *,
     seed: int = 0,
+    work: Path | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Samples of the trajectories for reconstruction, by density and diversity or evenly."""
     trajectories = calibration.trajectories
+    asked = f"{method.selected} {method.density} {seed}"
+    key = _key(__version__, trajectories.key(), digest(denoiser.info), asked)
+    file = None if work is None else work / f"selection-{key}.st"
+    found = None if file is None else load_selection(file)
+    if found is not None:
+        return found
     steps, most = trajectories.n_steps, trajectories.n_runs
     n_samples = min(method.selected, steps * most)
     if method.density:
@@ -219,7 +241,10 @@ def select_samples(
     else:
         whole, rest = divmod(n_samples, steps)
         counts = tuple(whole + (step < rest) for step in range(steps))
-    return select(trajectories, counts, seed=seed)
+    found = select(trajectories, counts, seed=seed)
+    if file is not None:
+        save_selection(found, file)
+    return found
 
 
 def finetune(
@@ -258,13 +283,15 @@ def measure(
 ) -> NoiseStatistics:
     """Quantization noise of the finished network at every step of the float trajectories."""
     key = _key(__version__, calibration.trajectories.key(), precision_digest(quantized))
-    file = None if work is None else work / f"noise-{key}.json"
-    statistics = _stored_statistics(file)
-    if statistics is None:
-        statistics = _measure(quantized, calibration.trajectories, stage("correct", progress))
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_file_atomically(file, dump_record(statistics))
+    file = None if work is None else work / f"noise-{key}.st"
+    stored = None if file is None else load_tensors(file)
+    if stored is not None:
+        data = stored["statistics"].numpy().tobytes()
+        return parse_record(data, NoiseStatistics, name=str(file))
+    statistics = _measure(quantized, calibration.trajectories, stage("correct", progress))
+    if file is not None:
+        codes = torch.frombuffer(bytearray(dump_record(statistics)), dtype=torch.uint8)
+        save_tensors({"statistics": codes}, file)
     return statistics
 
 
@@ -366,7 +393,7 @@ def search_groups(
     See `plan_groups`, which also takes another cost and another fitness.
     """
     method = Method(selected=samples)
-    chosen = select_samples(denoiser, calibration, method, seed=seed, progress=progress)
+    chosen = select_samples(denoiser, calibration, method, seed=seed, work=work, progress=progress)
     return plan_groups(
         denoiser,
         plan,
@@ -377,16 +404,6 @@ def search_groups(
         file=None if work is None else work / f"groups-{_key(digest(plan), chosen.key())}.json",
         progress=stage("groups", progress),
     )
-
-
-def _stored_statistics(file: Path | None) -> NoiseStatistics | None:
-    if file is None or not file.exists():
-        return None
-    try:
-        return read_record(file, NoiseStatistics)
-    except InputError:
-        # Damaged work is worth no more than missing work: it is measured again.
-        return None
 
 
 def _measure(

@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors import safe_open
 from torch import Tensor
 
-from edgeqdm import pipeline, stages
+from edgeqdm import load, pipeline, stages
 from edgeqdm.correct.corrector import Ptqd
 from edgeqdm.correct.steps import activation_bits_by_step, contiguous
 from edgeqdm.emit.package import correction_key
-from edgeqdm.errors import InputError, OutputError
+from edgeqdm.errors import InputError, OutputError, StorageError
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import ActivationPolicy, Precision
 from edgeqdm.models.denoiser import Denoiser
@@ -31,6 +31,7 @@ from edgeqdm.quantize.reconstruct import ReconstructionSettings
 from edgeqdm.quantize.store import load_quantized, save_quantized
 from edgeqdm.stages import Calibration, Method, Quantization
 from edgeqdm.testing.conformance import small_denoiser
+from edgeqdm.testing.tiny import write_tiny_unet
 
 STEPS, RUNS = 5, 20
 """More runs than one chunk of trajectories holds."""
@@ -101,11 +102,15 @@ def test_a_calibration_goes_on_from_its_folder(tmp_path: Path) -> None:
             assert torch.equal(one.low, other.low)
 
 
-def test_a_damaged_observation_is_made_again(tmp_path: Path) -> None:
+def test_an_edited_observation_is_named_and_made_again_once_deleted(tmp_path: Path) -> None:
     stages.calibrate(fresh_denoiser(), samples=2, work=tmp_path)
     (file,) = tmp_path.glob("observations-*.st")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StorageError) as caught:
+        stages.calibrate(fresh_denoiser(), samples=2, work=tmp_path)
+    assert (caught.value.code, caught.value.path) == ("EQ-6201", str(file))
+    file.unlink()
     told = Told()
     stages.calibrate(fresh_denoiser(), samples=2, work=tmp_path, progress=told)
     assert "observe" in told.stages
@@ -157,6 +162,17 @@ def test_samples_are_of_the_trajectories_and_as_many_as_asked(density: bool) -> 
 def test_no_more_samples_are_asked_than_there_are() -> None:
     chosen = stages.select_samples(*small(), Method())
     assert len(chosen.steps) == STEPS * RUNS
+
+
+def test_chosen_samples_are_kept(tmp_path: Path) -> None:
+    first = stages.select_samples(*small(), Method(selected=23), work=tmp_path)
+    told = Told()
+    again = stages.select_samples(*small(), Method(selected=23), work=tmp_path, progress=told)
+    assert (again.key(), told.stages) == (first.key(), [])
+    for other in (Method(selected=22), Method(selected=23, density=False)):
+        stages.select_samples(*small(), other, work=tmp_path)
+    stages.select_samples(*small(), Method(selected=23), seed=1, work=tmp_path)
+    assert len(list(tmp_path.glob("selection-*.st"))) == 4
 
 
 @pytest.mark.parametrize("density", [True, False])
@@ -211,20 +227,30 @@ def test_the_mlp_of_a_plan_without_temporal_scales_is_refused() -> None:
 # Measure and correct.
 
 
-def test_a_measurement_is_kept_and_made_again_where_it_is_damaged(tmp_path: Path) -> None:
-    denoiser_and = small()[1]
+@pytest.mark.parametrize("steps", [5, 1000])
+def test_embeddings_become_tables_where_these_are_smaller(tmp_path: Path, steps: int) -> None:
+    """A table has a row per step, weights have a row per input channel."""
+    denoiser = load(write_tiny_unet(tmp_path / "model"), steps=steps)
+    precisions = {a.precision for a in stages.rule_plan(denoiser).phases[0].layers}
+    assert ("table" in precisions) == (steps == 5)
+
+
+def test_a_measurement_is_kept_and_named_where_it_was_edited(tmp_path: Path) -> None:
+    calibration = small()[1]
     told = Told()
-    first = stages.measure(quantized(), denoiser_and, work=tmp_path, progress=told)
+    first = stages.measure(quantized(), calibration, work=tmp_path, progress=told)
     assert told.stages == ["correct"]
-    (file,) = tmp_path.glob("noise-*.json")
+    (file,) = tmp_path.glob("noise-*.st")
     again = Told()
-    assert stages.measure(quantized(), denoiser_and, work=tmp_path, progress=again) == first
+    assert stages.measure(quantized(), calibration, work=tmp_path, progress=again) == first
     assert again.stages == []
-    file.write_text(file.read_text()[:-40])
-    assert stages.measure(quantized(), denoiser_and, work=tmp_path, progress=again) == first
-    assert again.stages == ["correct"]
-    stages.measure(quantized("w8a8"), denoiser_and, work=tmp_path)
-    assert len(list(tmp_path.glob("noise-*.json"))) == 2
+    stages.measure(quantized("w8a8"), calibration, work=tmp_path)
+    assert len(list(tmp_path.glob("noise-*.st"))) == 2
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"0", b"1", 3))
+    with pytest.raises(StorageError) as caught:
+        stages.measure(quantized(), calibration, work=tmp_path)
+    assert (caught.value.code, caught.value.path) == ("EQ-6201", str(file))
 
 
 def test_the_measured_error_is_that_of_the_two_networks() -> None:
@@ -346,7 +372,7 @@ def test_group_sizes_are_searched_and_go_on_from_their_folder(tmp_path: Path) ->
         search(Told("groups", at=1))
     (file,) = tmp_path.glob("groups-*.json")
     found, scored = search(told := Told())
-    assert told.stages == ["features", "groups"]
+    assert told.stages == ["groups"]
     sizes = {a.layer: a.precision.group_size for a in found.phases[0].layers}
     assert sizes["mix"] in settings.choices
     data = file.read_bytes()

@@ -166,7 +166,11 @@ def save_observations(observations: dict[str, LayerObservation], file: Path) -> 
 
 
 def load_observations(file: Path) -> dict[str, LayerObservation] | None:
-    """Read what `save_observations` wrote; None if it is missing or damaged."""
+    """Read what `save_observations` wrote; None if it is missing.
+
+    Raises:
+        StorageError: if it is damaged or was edited.
+    """
     tensors = load_tensors(file)
     if tensors is None:
         return None

@@ -28,7 +28,7 @@ from edgeqdm.calibrate.trajectories import (
     load_tensors,
     save_tensors,
 )
-from edgeqdm.errors import InputError, ModelError, NumericalError, StorageError, UnsupportedError
+from edgeqdm.errors import InputError, ModelError, NumericalError, UnsupportedError
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer, network_of
 
@@ -540,47 +540,19 @@ def save_selection(selection: Selection, file: Path) -> None:
     save_tensors(_tensors(selection), file)
 
 
-def load_selection(file: Path) -> Selection:
-    """Read what `save_selection` wrote.
+def load_selection(file: Path) -> Selection | None:
+    """Read what `save_selection` wrote; None if it is missing.
 
     Raises:
-        StorageError: if the file is missing, damaged, edited, or holds something else.
+        StorageError: if it is damaged or was edited.
     """
-    if not file.exists():
-        raise _unusable("EQ-6210", "there is no such selection of calibration samples", file)
     tensors = load_tensors(file)
     if tensors is None:
-        raise _unusable("EQ-6211", "the calibration samples are damaged or were edited", file)
-    if not _is_selection(tensors):
-        raise _unusable("EQ-6212", "the file holds something else than calibration samples", file)
-    return Selection(
-        tensors["runs"],
-        tensors["steps"],
-        tensors["inputs"],
-        tensors["outputs"],
-        tensors.get("conditioning"),
-    )
+        return None
+    runs, steps, inputs, outputs = (tensors[name] for name in _FIELDS)
+    return Selection(runs, steps, inputs, outputs, tensors.get("conditioning"))
 
 
 def _tensors(selection: Selection) -> dict[str, Tensor]:
     fields = {name: getattr(selection, name) for name in (*_FIELDS, "conditioning")}
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _is_selection(tensors: dict[str, Tensor]) -> bool:
-    if tensors.keys() - {"conditioning"} != set(_FIELDS):
-        return False
-    runs, steps, inputs, outputs = (tensors[name] for name in _FIELDS)
-    return (
-        runs.dtype == steps.dtype == torch.int64
-        and inputs.dtype == outputs.dtype == torch.float32
-        and runs.ndim == 1
-        and runs.shape == steps.shape
-        and inputs.ndim == 4
-        and inputs.shape == outputs.shape
-        and all(value.shape[:1] == runs.shape for value in tensors.values())
-    )
-
-
-def _unusable(code: str, message: str, file: Path) -> StorageError:
-    return StorageError(code, message, path=file, hint="calibrate again")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgeqdm import __version__
-from edgeqdm.errors import InputError, NumericalError, OutputError
+from edgeqdm.errors import InputError, NumericalError, OutputError, StorageError
 from edgeqdm.ir.codec import digest
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.weights import tensor_bytes
@@ -81,6 +81,7 @@ def collect_trajectories(
     Raises:
         InputError: if n_runs < 1 or the seed is out of range.
         NumericalError: if the model returns NaN or Inf; names the step.
+        StorageError: if a file of `work` is damaged or was edited.
     """
     if n_runs < 1:
         raise InputError(
@@ -180,9 +181,10 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def load_tensors(file: Path) -> dict[str, Tensor] | None:
-    """Read what `save_tensors` wrote; None if it is missing or damaged.
+    """Read what `save_tensors` wrote; None if it is missing.
 
-    Damaged work is worth no more than missing work: it is done again.
+    Raises:
+        StorageError: if it is damaged or was edited. An interruption cannot leave such a file.
     """
     if not file.exists():
         return None
@@ -190,9 +192,20 @@ def load_tensors(file: Path) -> dict[str, Tensor] | None:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-    except (SafetensorError, OSError):
-        return None
-    return tensors if metadata.get(_CHECKSUM) == checksum(tensors) else None
+    except (SafetensorError, OSError) as problem:
+        raise _damaged(file) from problem
+    if metadata.get(_CHECKSUM) != checksum(tensors):
+        raise _damaged(file)
+    return tensors
+
+
+def _damaged(file: Path) -> StorageError:
+    return StorageError(
+        "EQ-6201",
+        "kept work is damaged or was edited",
+        path=file,
+        hint="delete this file, then run the same again: only this part is made again",
+    )
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:

@@ -68,25 +68,6 @@ def bit_operations(
     return products + rescaling + statistics
 
 
-def storage_bits_per_weight(bits: int, group_size: int, *, asymmetric: bool = True) -> float:
-    """Bits that one weight of a whole group takes, its share of the scale and zero_point included.
-
-        b + 16 / g  symmetric        b + (16 + b) / g  asymmetric: the zero_point is a code too
-
-    Args:
-        bits: width of a weight's code.
-        group_size: weights that share a scale.
-        asymmetric: every group has a zero_point.
-
-    Raises:
-        InputError: EQ-3238, if either is below 1.
-    """
-    _require("bits", bits, at_least=1)
-    _require("group_size", group_size, at_least=1)
-    shared = SCALE_BITS + bits if asymmetric else SCALE_BITS
-    return bits + shared / group_size
-
-
 def _require(name: str, value: int, *, at_least: int) -> None:
     if value < at_least:
         raise InputError("EQ-3238", f"must be at least {at_least}, got {value}", path=name)

@@ -18,7 +18,7 @@ from edgeqdm.calibrate.observe import (
     save_observations,
 )
 from edgeqdm.calibrate.trajectories import CHUNK, Trajectories, collect_trajectories
-from edgeqdm.errors import NumericalError
+from edgeqdm.errors import NumericalError, StorageError
 from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.models.layers import get_layer
 from edgeqdm.testing.conformance import STEPS, small_denoiser
@@ -184,7 +184,9 @@ def test_saved_observations_read_back_and_damaged_ones_do_not(
     data = file.read_bytes()
     for damaged in (data[:-1], data[:-2] + bytes([data[-2] ^ 1]) + data[-1:], b"{}"):
         file.write_bytes(damaged)
-        assert load_observations(file) is None
+        with pytest.raises(StorageError) as caught:
+            load_observations(file)
+        assert (caught.value.code, caught.value.path) == ("EQ-6201", str(file))
 
 
 def test_progress_counts_steps_of_chunks(denoiser: Denoiser, trajectories: Trajectories) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edgeqdm.calibrate import select as module
-from edgeqdm.calibrate.observe import observe, save_observations
 from edgeqdm.calibrate.select import (
     Selection,
     allocate,
@@ -32,11 +31,8 @@ from edgeqdm.calibrate.trajectories import (
     CHUNK,
     Trajectories,
     collect_trajectories,
-    load_tensors,
-    save_tensors,
 )
 from edgeqdm.errors import (
-    EdgeqdmError,
     InputError,
     ModelError,
     NumericalError,
@@ -692,16 +688,8 @@ def test_key_covers_every_tensor(selection: Selection) -> None:
     assert len(keys) == 7
 
 
-def refused(file: Path) -> EdgeqdmError:
-    with pytest.raises(StorageError) as caught:
-        load_selection(file)
-    assert caught.value.path == str(file)
-    assert caught.value.hint == "calibrate again"
-    return caught.value
-
-
-def test_missing_selection_is_named(tmp_path: Path) -> None:
-    assert refused(tmp_path / "selection.st").code == "EQ-6210"
+def test_a_missing_selection_is_none(tmp_path: Path) -> None:
+    assert load_selection(tmp_path / "selection.st") is None
 
 
 def test_damaged_selection_is_named(selection: Selection, tmp_path: Path) -> None:
@@ -709,34 +697,16 @@ def test_damaged_selection_is_named(selection: Selection, tmp_path: Path) -> Non
     save_selection(selection, file)
     data = file.read_bytes()
     header = int.from_bytes(data[:8], "little")
-    for place in (3, 9, header // 2, header + 9, len(data) - 1):
-        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        assert refused(file).code == "EQ-6211"
-    for damaged in (b"", data[:-1], data[: header + 8], data + b"\0", bytes(len(data))):
-        file.write_bytes(damaged)
-        assert refused(file).code == "EQ-6211"
-
-
-def test_other_finished_work_is_not_a_selection(
-    denoiser: Denoiser, trajectories: Trajectories, selection: Selection, tmp_path: Path
-) -> None:
-    file = tmp_path / "selection.st"
-    save_observations(observe(denoiser, trajectories, ("mix",)), file)
-    assert refused(file).code == "EQ-6212"
-    save_selection(selection, file)
-    tensors = load_tensors(file)
-    assert tensors is not None
-    changes: list[dict[str, Tensor]] = [
-        {"runs": tensors["runs"].int()},
-        {"steps": tensors["steps"][1:].clone()},
-        {"inputs": tensors["inputs"].double()},
-        {"outputs": tensors["outputs"][..., :1].clone()},
-        {"conditioning": tensors["conditioning"][:2].clone()},
-        {"more": torch.zeros(6)},
+    flipped = [
+        data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        for place in (3, 9, header // 2, header + 9, len(data) - 1)
     ]
-    for change in changes:
-        save_tensors({**tensors, **change}, file)
-        assert refused(file).code == "EQ-6212"
+    cut = [b"", data[:-1], data[: header + 8], data + b"\0", bytes(len(data))]
+    for damaged in (*flipped, *cut):
+        file.write_bytes(damaged)
+        with pytest.raises(StorageError) as caught:
+            load_selection(file)
+        assert (caught.value.code, caught.value.path) == ("EQ-6201", str(file))
 
 
 @given(seed=st.integers(0, 99), maximum=st.integers(1, 12), share=st.floats(0.1, 1.0))

@@ -22,7 +22,7 @@ from edgeqdm.calibrate.trajectories import (
     load_tensors,
     save_tensors,
 )
-from edgeqdm.errors import InputError, NumericalError, OutputError
+from edgeqdm.errors import InputError, NumericalError, OutputError, StorageError
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.numerics import philox
 from edgeqdm.testing.conformance import STEPS, small_denoiser
@@ -137,7 +137,7 @@ def _zeros(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip, _empty, _zeros])
-def test_damaged_chunk_is_sampled_again(
+def test_a_damaged_chunk_is_named_and_made_again_once_deleted(
     denoiser: Denoiser,
     collected: Trajectories,
     tmp_path: Path,
@@ -147,6 +147,10 @@ def test_damaged_chunk_is_sampled_again(
     collect_trajectories(denoiser, RUNS, seed=5, work=tmp_path)
     chunk = min(tmp_path.iterdir())
     chunk.write_bytes(damage(chunk.read_bytes()))
+    with pytest.raises(StorageError, match="delete this file") as caught:
+        collect_trajectories(denoiser, RUNS, seed=5, work=tmp_path)
+    assert (caught.value.code, caught.value.path) == ("EQ-6201", str(chunk))
+    chunk.unlink()
     evaluated.clear()
     assert same(collect_trajectories(denoiser, RUNS, seed=5, work=tmp_path), collected)
     assert len(evaluated) == 1

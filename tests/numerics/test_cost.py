@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +13,6 @@ from edgeqdm.numerics.cost import (
     MINMAX_COST,
     RESCALE_COST,
     bit_operations,
-    storage_bits_per_weight,
 )
 
 SIZES = st.integers(1, 12)
@@ -109,24 +106,6 @@ def test_one_group_of_the_whole_width_is_group_size_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group_size", "expected"), [(32, 4.625), (64, 4.3125), (128, 4.15625), (288, 4 + 20 / 288)]
-)
-def test_asymmetric_four_bit_weights_take_the_known_storage(
-    group_size: int, expected: float
-) -> None:
-    """The golden numbers 4.625, 4.3125, 4.156 and 4.069 bits per weight."""
-    assert storage_bits_per_weight(4, group_size) == expected
-    golden = {32: 4.625, 64: 4.3125, 128: 4.156, 288: 4.069}[group_size]
-    # Golden numbers are given to 3 decimals.
-    assert math.isclose(storage_bits_per_weight(4, group_size), golden, abs_tol=5e-4)
-
-
-def test_a_symmetric_group_stores_no_zero_point() -> None:
-    assert storage_bits_per_weight(4, 32, asymmetric=False) == 4.5
-    assert storage_bits_per_weight(8, 16, asymmetric=False) == 9.0
-
-
-@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("tokens", 0),
@@ -143,11 +122,4 @@ def test_an_impossible_layer_is_refused_by_field(field: str, value: int) -> None
     layer = {"tokens": 1, "outputs": 1, "inputs": 1, "weight_bits": 4, "activation_bits": 8}
     with pytest.raises(InputError, match=f"got {value}") as caught:
         bit_operations(**(layer | {field: value}))
-    assert (caught.value.code, caught.value.path) == ("EQ-3238", field)
-
-
-@pytest.mark.parametrize(("bits", "group_size", "field"), [(0, 32, "bits"), (4, 0, "group_size")])
-def test_an_impossible_storage_is_refused_by_field(bits: int, group_size: int, field: str) -> None:
-    with pytest.raises(InputError) as caught:
-        storage_bits_per_weight(bits, group_size)
     assert (caught.value.code, caught.value.path) == ("EQ-3238", field)
