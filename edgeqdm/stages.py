@@ -171,6 +171,10 @@ def quantize(
     chosen, method = plan or rule_plan(denoiser, target), method or Method()
     observations = calibration.observations
     parameters = quantizer.initialise(denoiser, chosen, observations, ranges=method.ranges)
+    generator = None
+    if method.mlp:
+        generator = fit_generator(denoiser.program.timesteps, parameters, observations, seed=seed)
+        parameters = generator.tabulate(parameters, denoiser.program.timesteps)
     blocks: tuple[BlockReport, ...] = ()
     if method.reconstruction is not None:
         found = reconstruct(
@@ -178,16 +182,13 @@ def quantize(
             chosen,
             parameters,
             select_samples(denoiser, calibration, method, seed=seed, work=work, progress=progress),
+            generator=generator,
             settings=method.reconstruction,
             seed=seed,
             work=work,
             progress=stage("reconstruct", progress),
         )
-        parameters, blocks = found.parameters, found.blocks
-    generator = None
-    if method.mlp:
-        generator = fit_generator(denoiser.program.timesteps, parameters, observations, seed=seed)
-        parameters = generator.tabulate(parameters, denoiser.program.timesteps)
+        parameters, blocks, generator = found.parameters, found.blocks, found.generator
     return Quantization(quantizer.assemble(denoiser, chosen, parameters), blocks, generator)
 
 

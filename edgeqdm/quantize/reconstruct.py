@@ -58,7 +58,9 @@ from edgeqdm.quantize.soft import (
     soften,
 )
 from edgeqdm.quantize.soft_activations import TabledQuantizer
+from edgeqdm.quantize.soft_temporal import FedNetwork, FedQuantizer
 from edgeqdm.quantize.soft_weights import FixedWeight, RoundedWeight
+from edgeqdm.quantize.tdq import ScaleGenerator
 
 HELD_OUT = 10
 """One sample in so many is not trained on but decides whether the result is better."""
@@ -82,6 +84,7 @@ class ReconstructionSettings:
         batch: evaluations per iteration.
         lr_weight: first learning rate of the rounding; Adam, cosine to 0.
         lr_activation: first learning rate of logarithms of activation scales; likewise.
+        lr_network: first learning rate of networks of the timestep; likewise.
         inner_weight: weight of the errors of inner layers; 0 for the block's output alone.
         drop: probability that an element of an activation is not quantized while training.
         regulariser: weight of the pressure on rounding to decide; the loss of nearest rounding is
@@ -96,6 +99,7 @@ class ReconstructionSettings:
     batch: int = 32
     lr_weight: float = 0.1
     lr_activation: float = 2e-3
+    lr_network: float = 5e-4
     inner_weight: float = 0.8
     drop: float = 0.5
     regulariser: float = 50.0
@@ -109,6 +113,7 @@ class ReconstructionSettings:
                 ("batch", 1, math.inf),
                 ("lr_weight", 0, math.inf),
                 ("lr_activation", 0, math.inf),
+                ("lr_network", 0, math.inf),
                 ("inner_weight", 0, math.inf),
                 ("drop", 0, 1),
                 ("regulariser", 0, math.inf),
@@ -160,10 +165,17 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Parameters after reconstruction, and a report of every block in the order they run."""
+    """What reconstruction came to.
+
+    Attributes:
+        parameters: with the learned codes and scales.
+        blocks: a report of every block, in the order they run.
+        generator: the trained networks behind the temporal scales; None where none were given.
+    """
 
     parameters: Parameters
     blocks: tuple[BlockReport, ...]
+    generator: ScaleGenerator | None = None
 
 
 def reconstruct(
@@ -172,6 +184,7 @@ def reconstruct(
     parameters: Parameters,
     selection: Selection,
     *,
+    generator: ScaleGenerator | None = None,
     settings: ReconstructionSettings | None = None,
     seed: int = 0,
     work: Path | None = None,
@@ -188,6 +201,8 @@ def reconstruct(
         parameters: first codes and scales, weights rounded to nearest.
         selection: calibration samples; under guidance each is evaluated with and without its
             conditioning.
+        generator: networks of the timestep that made the temporal tables of `parameters`. They are
+            trained in the place of the tables (TDQ).
         settings: default `ReconstructionSettings()`.
         seed: of batches, mixing and dropping.
         work: folder for finished blocks and for inputs of the running one; a later call with the
@@ -204,7 +219,7 @@ def reconstruct(
     _check_selection(denoiser, selection)
     blocks = find_blocks(denoiser, tuple(coded_variants(plan)))
     soft = soften(denoiser, plan, parameters, weight=FixedWeight)
-    key = _key(denoiser, plan, parameters, selection, settings, seed)
+    key = _key(denoiser, plan, parameters, selection, settings, seed, generator)
     clock = _Deadline(settings.minutes, sum(block.macs for block in blocks))
     reports = []
     with ExitStack() as stack:
@@ -214,19 +229,25 @@ def reconstruct(
         )
         for index, block in enumerate(blocks):
             file = folder / f"reconstruct-{key}-{index:04}.st"
-            finished = _load(file, block, parameters, plan)
+            finished = _load(file, block, parameters, plan, generator)
             if finished is None:
-                generator = torch.Generator().manual_seed(_block_seed(seed, index))
-                finished = _reconstruct_block(context, block, parameters, generator, clock)
+                chance = torch.Generator().manual_seed(_block_seed(seed, index))
+                mine = None if generator is None else generator.part(_tables_of(plan, block))
+                finished = _reconstruct_block(context, block, parameters, mine, chance, clock)
                 if work is not None:
                     _save(finished, file)
             parameters = replace(parameters, layers={**parameters.layers, **finished.layers})
+            if generator is not None and finished.generator is not None:
+                generator = generator.with_part(finished.generator)
             put_soft_layers(soft, denoiser, plan, parameters, block.layers, weight=FixedWeight)
             clock.finish(block.macs)
             reports.append(finished.report)
             if progress is not None:
                 progress(index + 1, len(blocks))
-    return Reconstruction(parameters, tuple(reports))
+    if generator is not None:
+        # Networks of one block and of all are not promised to round alike.
+        parameters = generator.tabulate(parameters, denoiser.program.timesteps)
+    return Reconstruction(parameters, tuple(reports), generator)
 
 
 @dataclass(frozen=True)
@@ -245,6 +266,8 @@ class _Context:
 class _Finished:
     layers: dict[Variant, LayerParameters]
     report: BlockReport
+    generator: ScaleGenerator | None
+    """Of the tables of this block."""
 
 
 class _Deadline:
@@ -291,6 +314,7 @@ def _key(
     selection: Selection,
     settings: ReconstructionSettings,
     seed: int,
+    generator: ScaleGenerator | None,
 ) -> str:
     chosen = sorted(asdict(replace(settings, minutes=None)).items())
     whole = (
@@ -300,6 +324,7 @@ def _key(
         digest(denoiser.guidance),
         selection.key(),
         checksum(_tensors_of(parameters)),
+        None if generator is None else checksum(generator.tensors()),
         chosen,
         seed,
     )
@@ -307,6 +332,13 @@ def _key(
     if denoiser.null_embedding is not None:
         found.update(denoiser.null_embedding.numpy().tobytes())
     return found.hexdigest()[:24]
+
+
+def _tables_of(plan: DeploymentPlan, block: Block) -> list[str]:
+    """Names of the temporal tables that a block may have, as `ScaleGenerator` spells them."""
+    coded = coded_variants(plan)
+    variants = [variant for name in block.layers for variant in coded[name]]
+    return [f"{side}/{variant}" for variant in variants for side in ("input", "output")]
 
 
 def _block_seed(seed: int, index: int) -> int:
@@ -348,11 +380,17 @@ def _save(finished: _Finished, file: Path) -> None:
     numbers = [report.iterations, report.seconds, float(report.kept)]
     numbers += [report.loss_nearest, report.loss_soft, report.loss_hard]
     tensors["report"] = torch.tensor(numbers, dtype=torch.float64)
+    if finished.generator is not None:
+        tensors |= finished.generator.tensors()
     save_tensors(tensors, file)
 
 
 def _load(
-    file: Path, block: Block, parameters: Parameters, plan: DeploymentPlan
+    file: Path,
+    block: Block,
+    parameters: Parameters,
+    plan: DeploymentPlan,
+    generator: ScaleGenerator | None,
 ) -> _Finished | None:
     tensors = load_tensors(file)
     if tensors is None:
@@ -370,7 +408,9 @@ def _load(
     report = BlockReport(
         block.name, block.layers, int(iterations), seconds, nearest, soft, hard, bool(kept)
     )
-    return _Finished(layers, report)
+    mine = None if generator is None else generator.part(_tables_of(plan, block))
+    names = () if mine is None else mine.names
+    return _Finished(layers, report, ScaleGenerator.of_tensors(names, tensors))
 
 
 def _with_scale(scales: ActivationScales | None, table: Tensor | None) -> ActivationScales | None:
@@ -381,21 +421,26 @@ def _reconstruct_block(
     context: _Context,
     block: Block,
     parameters: Parameters,
-    generator: torch.Generator,
+    generator: ScaleGenerator | None,
+    chance: torch.Generator,
     clock: _Deadline,
 ) -> _Finished:
     started, deadline = time.process_time(), clock.of_block(block.macs)
     soft, rows = context.soft, context.rows
     soft.clock.drop = 0.0
     with _captured(context, block) as (float_calls, soft_calls):
-        task = _Task(context, block, float_calls, soft_calls, generator)
-        held_out, trained = _split(rows, generator)
+        task = _Task(context, block, float_calls, soft_calls, chance)
+        held_out, trained = _split(rows, chance)
         loss_nearest = task.evaluate(held_out)
         first = task.first_errors(trained)
         put_soft_layers(
             soft, context.denoiser, context.plan, parameters, block.layers, weight=RoundedWeight
         )
-        iterations = task.train(trained, deadline, first)
+        fed = None
+        if generator is not None:
+            fed = FedNetwork(soft, context.denoiser.program.timesteps, generator)
+        iterations = task.train(trained, deadline, first, fed)
+        learned = generator if fed is None else fed.settle()
         loss_soft = task.evaluate(held_out)
         task.decide()
         loss_hard = task.evaluate(held_out)
@@ -412,7 +457,8 @@ def _reconstruct_block(
         loss_hard,
         kept,
     )
-    return _Finished({variant: chosen.layers[variant] for variant in variants}, report)
+    layers = {variant: chosen.layers[variant] for variant in variants}
+    return _Finished(layers, report, learned if kept else generator)
 
 
 @contextmanager
@@ -480,14 +526,25 @@ class _Task:
         tiny = torch.finfo(torch.float32).tiny
         return max(float(block), tiny), max(float(inner), tiny)
 
-    def train(self, rows: Tensor, deadline: float, first: tuple[float, float]) -> int:
+    def train(
+        self,
+        rows: Tensor,
+        deadline: float,
+        first: tuple[float, float],
+        fed: FedNetwork | None,
+    ) -> int:
         """Learns until the deadline or the last iteration; returns the iterations done."""
         settings, clock = self._context.settings, self._context.soft.clock
         alphas, scales = self._alphas(), self._log_ratios()
+        networks = [] if fed is None else [*fed.scales.parameters()]
         self._context.soft.requires_grad_(False)
         for parameter in (*alphas, *scales):
             parameter.requires_grad_(True)
-        rates = [(alphas, settings.lr_weight), (scales, settings.lr_activation)]
+        rates = [
+            (alphas, settings.lr_weight),
+            (scales, settings.lr_activation),
+            (networks, settings.lr_network),
+        ]
         groups = [{"params": params, "lr": rate} for params, rate in rates if params and rate]
         if not groups:
             return 0
@@ -498,6 +555,8 @@ class _Task:
         while done < total:
             for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * done / total)) / 2
+            if fed is not None:
+                fed.feed()
             block, inner = self._errors(rows)
             loss = block / first[0] + settings.inner_weight * inner / first[1]
             loss = loss + settings.regulariser * _indecision(alphas, done / total)
@@ -568,7 +627,8 @@ class _Task:
 
     def _log_ratios(self) -> list[Tensor]:
         parts = [part for layer in self._layers() for part in layer.modules()]
-        return [part.log_ratio for part in parts if isinstance(part, TabledQuantizer)]
+        tabled = [part for part in parts if isinstance(part, TabledQuantizer)]
+        return [part.log_ratio for part in tabled if not isinstance(part, FedQuantizer)]
 
 
 def _relative_error(found: Tensor, target: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Activation scales of a soft network that come from one network of the timestep.
 
-Source: TDQ, https://arxiv.org/abs/2306.02316, section 3, quantization-aware training.
+Source: TDQ, https://arxiv.org/abs/2306.02316, section 3.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,59 +42,72 @@ class FedQuantizer(TabledQuantizer):
 
 
 class FedNetwork:
-    """A soft network whose temporal tables one `TemporalScales` makes.
+    """A soft network whose temporal tables come from networks of the timestep.
 
-    Every table becomes an output of these networks, which start near the tables.
+    Waves of the timestep's embedding that are left out stay so under training: their weights are 0
+    and get no gradient.
 
     Args:
-        soft: its temporal quantizers are replaced.
+        soft: its quantizers of the generated tables are replaced.
         timesteps: of the sampler, [S].
-        generator: draws the initial weights.
+        generator: of some of its temporal tables.
 
     Attributes:
-        scales: the networks of the timestep, to be trained with the rest.
-
-    Raises:
-        InputError: if no activation is temporal.
+        scales: a copy of the networks, to be trained with the rest.
     """
 
     def __init__(
-        self, soft: SoftNetwork, timesteps: Sequence[float], generator: torch.Generator
+        self, soft: SoftNetwork, timesteps: Sequence[float], generator: ScaleGenerator
     ) -> None:
         self._timesteps = torch.tensor(timesteps, dtype=torch.float64)
-        self._fed: dict[str, FedQuantizer] = {}
-        for name, activation, index in list(_temporal(soft)):
-            fed = FedQuantizer(_given(activation, index))
-            activation.quantizers[index] = fed
-            self._fed[name] = fed
-        if not self._fed:
-            raise InputError(
-                "EQ-3269",
-                "no activation of the plan has temporal scales",
-                path="settings.temporal",
-                hint="give layers the activation policy `temporal`, or train without `temporal`",
-            )
-        tables = [fed.scales() for fed in self._fed.values()]
-        self.scales = start_at(tables, self._timesteps, generator=generator)
+        self._names = generator.names
+        self.scales = copy.deepcopy(generator.scales).requires_grad_(True)
+        kept = (self.scales.weights[0] != 0).to(torch.float32)
+        self.scales.weights[0].register_hook(lambda gradient: gradient * kept)
+        found: dict[str, FedQuantizer] = {}
+        for name, activation, index in _temporal(soft):
+            if name in self._names:
+                found[name] = FedQuantizer(_given(activation, index))
+                activation.quantizers[index] = found[name]
+        self._fed = [found[name] for name in self._names]
 
     def feed(self) -> None:
         """Evaluates the networks at every step and hands each quantizer its table."""
         tables = self.scales(self._timesteps)
-        for index, quantizer in enumerate(self._fed.values()):
+        for index, quantizer in enumerate(self._fed):
             quantizer.table = tables[:, index]
 
-    def generator(self) -> ScaleGenerator:
-        """The networks as they are stored; they stay shared."""
-        return ScaleGenerator(tuple(self._fed), self.scales)
+    def settle(self) -> ScaleGenerator:
+        """Hands each quantizer the table that is stored, and returns what makes them."""
+        for quantizer, table in zip(self._fed, self.scales.tabulate(self._timesteps), strict=True):
+            quantizer.table = table
+        return ScaleGenerator(self._names, copy.deepcopy(self.scales))
+
+
+def generator_of(
+    soft: SoftNetwork, timesteps: Sequence[float], generator: torch.Generator
+) -> ScaleGenerator:
+    """Networks that return the temporal tables of a soft network, nearly.
+
+    Raises:
+        InputError: if no activation is temporal.
+    """
+    found = {name: _given(activation, index) for name, activation, index in _temporal(soft)}
+    if not found:
+        raise InputError(
+            "EQ-3269",
+            "no activation of the plan has temporal scales",
+            path="settings.temporal",
+            hint="give layers the activation policy `temporal`, or train without `temporal`",
+        )
+    timed = torch.tensor(timesteps, dtype=torch.float64)
+    return ScaleGenerator(tuple(found), start_at([*found.values()], timed, generator=generator))
 
 
 def start_at(
     tables: Sequence[ActivationScales], timesteps: Tensor, *, generator: torch.Generator
 ) -> TemporalScales:
     """Networks of the timestep that return given tables, nearly.
-
-    Waves of the timestep's embedding that are left out stay so under training: their weights are 0
-    and get no gradient.
 
     Args:
         tables: [S] each.
@@ -102,7 +116,7 @@ def start_at(
     """
     # The regression looks at the tables alone; what the layers saw is not needed.
     unseen = StepRanges(torch.ones(1, 1), torch.zeros(1), torch.ones(1))
-    scales = fit_temporal(
+    return fit_temporal(
         [unseen] * len(tables),
         timesteps,
         [table.zero_point for table in tables],
@@ -112,9 +126,6 @@ def start_at(
         iterations=START_ITERATIONS,
         refinements=0,
     )
-    kept = (scales.weights[0] != 0).to(torch.float32)
-    scales.weights[0].register_hook(lambda gradient: gradient * kept)
-    return scales
 
 
 def _temporal(soft: SoftNetwork) -> Iterator[tuple[str, SoftActivation, int]]:

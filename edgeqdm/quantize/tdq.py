@@ -5,7 +5,7 @@ Source: TDQ, https://arxiv.org/abs/2306.02316, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,25 @@ class ScaleGenerator:
             for variant, mine in parameters.layers.items()
         }
         return replace(parameters, layers=layers)
+
+    def part(self, names: Collection[str]) -> ScaleGenerator | None:
+        """Copies of the networks of some tables; None where there are none of these names."""
+        kept = [index for index, name in enumerate(self.names) if name in names]
+        if not kept:
+            return None
+        # Every tensor of the state has one row per network.
+        state = {key: value[kept] for key, value in self.scales.state_dict().items()}
+        return ScaleGenerator(
+            tuple(self.names[index] for index in kept), TemporalScales.of_state(state)
+        )
+
+    def with_part(self, part: ScaleGenerator) -> ScaleGenerator:
+        """A copy with the networks of some of its tables exchanged."""
+        rows = [self.names.index(name) for name in part.names]
+        state = {key: value.clone() for key, value in self.scales.state_dict().items()}
+        for key, value in part.scales.state_dict().items():
+            state[key][rows] = value
+        return ScaleGenerator(self.names, TemporalScales.of_state(state))
 
     def tensors(self) -> dict[str, Tensor]:
         """State to store."""

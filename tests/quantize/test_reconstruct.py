@@ -31,6 +31,7 @@ from edgeqdm.quantize.reconstruct import (
     ReconstructionSettings,
     reconstruct,
 )
+from edgeqdm.quantize.tdq import ScaleGenerator, fit_generator
 
 STEPS = 3
 FAST = ReconstructionSettings(iterations=100, batch=8)
@@ -334,6 +335,73 @@ def test_phases_of_different_bits_learn_their_own_scales() -> None:
     assert final_error(plan, found.parameters, trajectories(77)) < final_error(
         plan, before, trajectories(77)
     )
+
+
+@cache
+def generated() -> tuple[ScaleGenerator, Parameters]:
+    """Networks of the timestep for the tables of `prepared`, and parameters with their tables."""
+    plan, parameters, _ = prepared("w4a8")
+    seen = observe(toy(), trajectories(1), tuple(a.layer for a in plan.phases[0].layers))
+    generator = fit_generator(toy().program.timesteps, parameters, seen)
+    return generator, generator.tabulate(parameters, toy().program.timesteps)
+
+
+def run_generated(settings: ReconstructionSettings, **more: Any) -> Reconstruction:
+    plan, _, selection = prepared("w4a8")
+    generator, parameters = generated()
+    return reconstruct(
+        toy(), plan, parameters, selection, generator=generator, settings=settings, **more
+    )
+
+
+def test_networks_of_the_timestep_learn_with_the_rounding() -> None:
+    """Jointly (E6): what is stored is what the trained networks say, and it is better."""
+    plan, _, _ = prepared("w4a8")
+    generator, before = generated()
+    found = run_generated(FAST)
+    assert all(block.kept for block in found.blocks)
+    assert found.generator is not None
+    assert found.generator.names == generator.names
+    again = found.generator.tabulate(before, toy().program.timesteps)
+    for variant, mine in found.parameters.layers.items():
+        for side in ("activation", "output"):
+            made, stored = getattr(again.layers[variant], side), getattr(mine, side)
+            assert stored is None or torch.equal(stored.scale, made.scale)
+    changed = [
+        not torch.equal(mine, yours)
+        for mine, yours in zip(
+            generator.scales.weights[1], found.generator.scales.weights[1], strict=True
+        )
+    ]
+    assert all(changed)
+    left_out = generator.scales.weights[0] == 0
+    assert not bool(found.generator.scales.weights[0][left_out].any())
+    fresh = trajectories(77)
+    assert final_error(plan, found.parameters, fresh) < 0.8 * final_error(plan, before, fresh)
+
+
+def test_an_interrupted_run_with_networks_goes_on_to_the_identical_result(tmp_path: Path) -> None:
+    """I10."""
+    whole = run_generated(BRIEF)
+    with pytest.raises(_Stopped):
+        run_generated(BRIEF, work=tmp_path, progress=_stop_after(2))
+    again = run_generated(BRIEF, work=tmp_path)
+    assert_same(again, whole)
+    assert whole.generator is not None
+    assert again.generator is not None
+    for key, value in whole.generator.tensors().items():
+        assert torch.equal(again.generator.tensors()[key], value)
+
+
+def test_a_block_that_is_no_better_keeps_its_networks() -> None:
+    generator, before = generated()
+    found = run_generated(ReconstructionSettings(3, 4, lr_weight=50.0, lr_network=1.0))
+    assert not any(block.kept for block in found.blocks)
+    assert found.generator is not None
+    for key, value in generator.tensors().items():
+        assert torch.equal(found.generator.tensors()[key], value)
+    for variant, mine in before.layers.items():
+        assert torch.equal(found.parameters.layers[variant].weight.codes, mine.weight.codes)
 
 
 def test_block_inputs_are_removed_when_the_block_is_done(tmp_path: Path) -> None:

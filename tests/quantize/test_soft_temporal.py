@@ -45,17 +45,6 @@ def test_networks_interpolate_between_the_steps_they_started_at() -> None:
     assert deviation(started(20), 191) < 0.1
 
 
-def test_waves_that_are_left_out_get_no_gradient() -> None:
-    scales = started(20)
-    left_out = scales.weights[0] == 0
-    scales.zero_grad()
-    scales(timesteps(20)).sum().backward()
-    assert scales.weights[0].grad is not None
-    assert bool(left_out.any())
-    assert not scales.weights[0].grad[left_out].any()
-    assert bool(scales.weights[0].grad[~left_out].any())
-
-
 def test_fed_quantizer_rounds_as_one_with_the_same_table() -> None:
     given_scales = ActivationScales(torch.tensor([0.1, 0.2, 0.3]), 7, 4)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
