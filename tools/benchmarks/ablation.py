@@ -299,6 +299,9 @@ class Task:
             return f"{self.model}/float/eta {self.eta:g}/float"
         return key_of(self.model, self.width, self.eta, self.row)
 
+    def named(self, names: Sequence[str] | None) -> bool:
+        return not names or (self.row is not None and self.row.name in names)
+
 
 def lanes(
     models: Sequence[str], widths: Sequence[str], etas: Sequence[float]
@@ -354,6 +357,9 @@ def table(
     model: Annotated[list[str], typer.Option()] = list(MODELS),  # noqa: B006
     width: Annotated[list[str], typer.Option()] = list(WIDTHS),  # noqa: B006
     eta: Annotated[list[float], typer.Option()] = list(ETAS),  # noqa: B006
+    name: Annotated[
+        list[str] | None, typer.Option("--row", help="Only rows of this name, repeatable.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Per seed.")] = 64,
     fid: Annotated[int, typer.Option(help="Images of feature-FID.")] = 2000,
     iterations: Annotated[int, typer.Option(help="Of reconstruction, per block.")] = 250,
@@ -371,7 +377,7 @@ def table(
     }
     report = read_report(out, options)
     wanted = [
-        [task for task in lane if task.key not in report["rows"]]
+        [task for task in lane if task.key not in report["rows"] and task.named(name)]
         for lane in lanes(model, width, eta)
     ]
     work.mkdir(parents=True, exist_ok=True)
