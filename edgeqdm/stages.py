@@ -265,14 +265,13 @@ def finetune(
         quantized.parameters,
         calibration.trajectories,
         settings=settings,
+        generator=quantization.generator,
         seed=seed,
         work=work,
         progress=stage("finetune", progress),
     )
     again = quantizer.assemble(quantized.denoiser, quantized.plan, found.parameters)
-    # Kept scales keep what generates them.
-    generator = found.generator if found.improved else quantization.generator
-    return Quantization(again, quantization.blocks, generator)
+    return Quantization(again, quantization.blocks, found.generator)
 
 
 def measure(

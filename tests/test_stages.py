@@ -544,6 +544,20 @@ def test_an_interrupted_training_leaves_nothing_and_ends_identical(
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
+def test_a_generator_is_trained_on(generated: stages.QuantizedModel, tmp_path: Path) -> None:
+    """Whether or not the training asks for one: its tables can still be made for other steps."""
+    settings = FinetuneSettings(iterations=40, batch=16)
+    tuned = tune(generated.file, tmp_path / "tuned.safetensors", settings=settings)
+    before, after = (load_quantized(file, small()[0]) for file in (generated.file, tuned.file))
+    assert not same(before.quantized, after.quantized)
+    assert before.generator is not None
+    assert after.generator is not None
+    tables = after.generator.tabulate(after.quantized.parameters, small()[0].program.timesteps)
+    assert same(after.quantized, quantizer.assemble(small()[0], after.quantized.plan, tables))
+    state, first = after.generator.tensors(), before.generator.tensors()
+    assert any(not torch.equal(value, first[name]) for name, value in state.items())
+
+
 def test_a_generator_outlives_a_training_that_did_not_help(
     generated: stages.QuantizedModel, tmp_path: Path
 ) -> None:

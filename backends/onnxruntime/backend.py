@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
 
 from edgeqdm.backends.onnxruntime.blockwise import BLOCK_SIZES
@@ -28,7 +29,7 @@ from edgeqdm.emit.backend import (
 )
 from edgeqdm.emit.export import export_onnx
 from edgeqdm.emit.render import RUNTIME_FOLDER
-from edgeqdm.errors import VerifyError
+from edgeqdm.errors import UnsupportedError, VerifyError
 from edgeqdm.ir.model import LayerKind, ModelInfo
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, TABLE, Precision
@@ -83,7 +84,7 @@ class OnnxRuntimeBackend:
         check_graph(graph)
         run = files("edgeqdm.backends.onnxruntime").joinpath("templates/run.py").read_bytes()
         return {
-            GRAPH: File(graph.SerializeToString(deterministic=True), "model"),
+            GRAPH: File(_serialized(graph), "model"),
             f"{RUNTIME_FOLDER}/run.py": File(run, "runtime"),
         }
 
@@ -115,6 +116,19 @@ class OnnxRuntimeBackend:
 
     def versions(self) -> Mapping[str, str]:
         return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
+
+
+def _serialized(graph: onnx.ModelProto) -> bytes:
+    try:
+        data: bytes = graph.SerializeToString(deterministic=True)
+    except EncodeError as problem:
+        raise UnsupportedError(
+            "EQ-4433",
+            "the graph exceeds 2 GiB, which is all one ONNX file can hold",
+            path=GRAPH,
+            hint="give more layers 8-bit or 4-bit weights, see `edgeqdm plan`",
+        ) from problem
+    return data
 
 
 def _nearest(precision: Precision, offered: tuple[Precision, ...]) -> Precision:

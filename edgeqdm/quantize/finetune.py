@@ -109,8 +109,7 @@ class Finetuned:
 
     Attributes:
         parameters: trained; the given ones where training did not help.
-        generator: networks behind the temporal scales; None where they are not wanted or the given
-            parameters were kept.
+        generator: networks behind the temporal scales of `parameters`, or None.
         iterations: done in all.
         seconds: of processor time spent in them.
         loss_before: error of the given codes and scales, relative to the output, on the held-out
@@ -140,6 +139,7 @@ def finetune(
     trajectories: Trajectories,
     *,
     settings: FinetuneSettings,
+    generator: ScaleGenerator | None = None,
     seed: int = 0,
     work: Path | None = None,
     progress: Progress | None = None,
@@ -154,6 +154,8 @@ def finetune(
         parameters: codes and scales to start from.
         trajectories: of the float model with this sampler and guidance; at least 2 runs.
         settings: how to train.
+        generator: networks that made the temporal tables of `parameters`; they are trained in the
+            place of the tables, as with `settings.temporal`.
         seed: of batches and of the networks of the timestep.
         work: folder for the state of the training, from which a later call with the same arguments
             goes on; `minutes` may differ. None to keep nothing.
@@ -168,8 +170,8 @@ def finetune(
     """
     check_plan(denoiser, plan)
     _check_trajectories(denoiser, trajectories)
-    generator = torch.Generator().manual_seed(seed)
-    held_out, trained = _split(trajectories.n_runs, generator)
+    chance = torch.Generator().manual_seed(seed)
+    held_out, trained = _split(trajectories.n_runs, chance)
     lesson = _Lesson.of(denoiser, trajectories)
     first = _errors_of(lesson, plan, parameters, held_out)
     if not bool(torch.isfinite(first).all()):
@@ -180,7 +182,7 @@ def finetune(
             hint="quantize again, or leave more layers in fp32",
         )
     lesson = replace(lesson, first=first)
-    training = _Training(lesson, plan, parameters, settings, generator)
+    training = _Training(lesson, plan, parameters, settings, chance, generator)
     file = None
     if work is not None:
         file = work / f"finetune-{_key(training, plan, trajectories, seed)}.st"
@@ -188,7 +190,7 @@ def finetune(
     found, scales = training.result()
     before, after = _mean(first), _mean(_errors_of(lesson, plan, found, held_out))
     if not after < before:
-        found, scales, after = parameters, None, before
+        found, scales, after = parameters, generator, before
     history = tuple(training.history)
     return Finetuned(found, scales, len(history), training.used, before, after, history)
 
@@ -306,15 +308,17 @@ class _Training:
         plan: DeploymentPlan,
         parameters: Parameters,
         settings: FinetuneSettings,
-        generator: torch.Generator,
+        chance: torch.Generator,
+        generator: ScaleGenerator | None,
     ) -> None:
-        self._lesson, self.settings, self._generator = lesson, settings, generator
+        self._lesson, self.settings, self._generator = lesson, settings, chance
         self.soft = soften(lesson.denoiser, plan, parameters, weight=CodedWeight)
         self._fed: FedNetwork | None = None
-        if settings.temporal:
-            timesteps = lesson.denoiser.program.timesteps
-            first = generator_of(self.soft, timesteps, generator)
-            self._fed = FedNetwork(self.soft, timesteps, first)
+        timesteps = lesson.denoiser.program.timesteps
+        if generator is None and settings.temporal:
+            generator = generator_of(self.soft, timesteps, chance)
+        if generator is not None:
+            self._fed = FedNetwork(self.soft, timesteps, generator)
         self._learnable = self._choose(plan)
         scales = {k: v for k, v in self._learnable.items() if k.endswith(".log_ratio")}
         weights = [v for k, v in self._learnable.items() if k not in scales]

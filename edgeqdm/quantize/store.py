@@ -18,7 +18,7 @@ from edgeqdm.errors import InputError, OutputError, StorageError
 from edgeqdm.ir.codec import digest, dump_record, parse_record
 from edgeqdm.ir.precision import FP32, TABLE, ActivationPolicy
 from edgeqdm.ir.quantized import QuantizedFile, StoredScales, StoredVariant, StoredWeight
-from edgeqdm.ir.schedule import CorrectedSchedule
+from edgeqdm.ir.schedule import CorrectedSchedule, SamplerProgram
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import network_of
 from edgeqdm.models.split import has_split_skips
@@ -218,7 +218,7 @@ def _require_same(
 ) -> None:
     found = {
         "model": (header.plan.model[:12], denoiser.info.fingerprint[:12]),
-        "sampler": (digest(header.program)[:12], digest(denoiser.program)[:12]),
+        "sampler": _told_apart(header.program, denoiser.program),
         "guidance": (f"{header.guidance:g}", f"{denoiser.guidance.scale:g}"),
     }
     if not sampler:
@@ -231,6 +231,18 @@ def _require_same(
             path=file,
             hint="load the model with the sampler, steps and guidance it was quantized for",
         )
+
+
+def _told_apart(one: SamplerProgram, other: SamplerProgram) -> tuple[str, str]:
+    """Both by name and by the settings in which they differ; equal if they are."""
+    changed = [k for k, v in one.settings.items() if other.settings.get(k, v) != v]
+    told = [
+        ", ".join([program.sampler, *(f"{k} {program.settings.get(k)}" for k in changed)])
+        for program in (one, other)
+    ]
+    if told[0] == told[1]:
+        told = [digest(program)[:12] for program in (one, other)]
+    return told[0], told[1]
 
 
 def _packed_weights(

@@ -326,6 +326,20 @@ def other_weights() -> Denoiser:
     return replace(denoiser, info=denoiser.info.model_copy(update={"fingerprint": "f" * 64}))
 
 
+def test_another_sampler_is_told_by_what_differs(saved: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(saved)
+    others = {
+        "DDPMScheduler, steps 3 is not DDPMScheduler, steps 4": small_denoiser(
+            DDPMScheduler(clip_sample=False), steps=4
+        ),
+        "DDPMScheduler is not DDIMScheduler": small_denoiser(DDIMScheduler(clip_sample=False)),
+    }
+    for told, other in others.items():
+        with pytest.raises(InputError, match=rf"sampler {told} \("):
+            load_quantized(file, other)
+
+
 @pytest.mark.parametrize(
     ("made", "named"),
     [

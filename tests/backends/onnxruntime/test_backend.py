@@ -11,14 +11,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor
 
+from edgeqdm.backends.onnxruntime import backend
 from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
 from edgeqdm.emit import playback
-from edgeqdm.emit.backend import Backend
-from edgeqdm.errors import VerifyError
+from edgeqdm.emit.backend import Backend, Exportable
+from edgeqdm.errors import UnsupportedError, VerifyError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import Phase
 from edgeqdm.ir.precision import W8A8
@@ -210,3 +212,18 @@ def test_graph_the_runtime_refuses_is_a_verify_error(tmp_path: Path, data: bytes
             use(tmp_path)
         assert caught.value.code == "EQ-8301"
         assert caught.value.path == str(tmp_path / GRAPH)
+
+
+def test_a_graph_beyond_the_limit_of_protobuf_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GiB of weights are too much for a test: what protobuf raises then stands for them."""
+
+    class Huge:
+        def SerializeToString(self, deterministic: bool) -> bytes:  # noqa: N802
+            raise EncodeError("Failed to serialize proto")
+
+    monkeypatch.setattr(backend, "finish", lambda program: Huge())
+    monkeypatch.setattr(backend, "check_graph", lambda graph: None)
+    monkeypatch.setattr(backend, "export_onnx", lambda *arguments: None)
+    with pytest.raises(UnsupportedError, match="2 GiB") as caught:
+        OnnxRuntimeBackend().emit(Exportable(torch.nn.Identity(), {}))
+    assert caught.value.code == "EQ-4433"
