@@ -39,6 +39,7 @@ from edgeqdm.models.denoiser import Denoiser, guided
 from edgeqdm.models.layers import get_layer, network_of
 from edgeqdm.quantize.parameters import Parameters, WeightCodes
 from edgeqdm.quantize.quantizer import check_plan
+from edgeqdm.quantize.settings import ANY, COUNT, POSITIVE, check_fields
 from edgeqdm.quantize.soft import SoftNetwork, harden, soften
 from edgeqdm.quantize.soft_activations import TabledQuantizer
 from edgeqdm.quantize.soft_temporal import FedNetwork, generator_of
@@ -89,18 +90,18 @@ class FinetuneSettings:
     temporal: bool = False
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("iterations", "batch") if getattr(self, name) < 1]
-        wrong += [x for x in ("lr_weight", "lr_scale") if not 0 <= getattr(self, x) < math.inf]
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            wrong.append("minutes")
-        if wrong:
-            found = ", ".join(f"{name} {getattr(self, name)}" for name in wrong)
-            raise InputError(
-                "EQ-3265",
-                f"out of range: {found}",
-                path=wrong[0],
-                hint="iterations, batch >= 1; minutes > 0; learning rates >= 0",
-            )
+        check_fields(
+            self,
+            {
+                "iterations": COUNT,
+                "minutes": POSITIVE,
+                "batch": COUNT,
+                "lr_weight": ANY,
+                "lr_scale": ANY,
+            },
+            code="EQ-3265",
+            hint="iterations, batch >= 1; minutes > 0; learning rates >= 0",
+        )
 
 
 @dataclass(frozen=True)

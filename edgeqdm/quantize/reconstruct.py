@@ -49,6 +49,7 @@ from edgeqdm.quantize.capture import (
     is_float,
 )
 from edgeqdm.quantize.parameters import LayerParameters, Parameters, Variant
+from edgeqdm.quantize.settings import ANY, COUNT, POSITIVE, check_fields
 from edgeqdm.quantize.soft import (
     SoftLayer,
     SoftNetwork,
@@ -106,30 +107,22 @@ class ReconstructionSettings:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        wrong = [
-            name
-            for name, least, below in (
-                ("iterations", 1, math.inf),
-                ("batch", 1, math.inf),
-                ("lr_weight", 0, math.inf),
-                ("lr_activation", 0, math.inf),
-                ("lr_network", 0, math.inf),
-                ("inner_weight", 0, math.inf),
-                ("drop", 0, 1),
-                ("regulariser", 0, math.inf),
-            )
-            if not least <= getattr(self, name) < below
-        ]
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            wrong.append("minutes")
-        if wrong:
-            found = ", ".join(f"{name} {getattr(self, name)}" for name in wrong)
-            raise InputError(
-                "EQ-3251",
-                f"out of range: {found}",
-                path=wrong[0],
-                hint="iterations, batch >= 1; drop in [0, 1); minutes > 0; the others >= 0",
-            )
+        check_fields(
+            self,
+            {
+                "iterations": COUNT,
+                "batch": COUNT,
+                "lr_weight": ANY,
+                "lr_activation": ANY,
+                "lr_network": ANY,
+                "inner_weight": ANY,
+                "drop": (0.0, 1.0),
+                "regulariser": ANY,
+                "minutes": POSITIVE,
+            },
+            code="EQ-3251",
+            hint="iterations, batch >= 1; drop in [0, 1); minutes > 0; the others >= 0",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,33 @@
+"""Checks of the settings that learning takes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+
+from edgeqdm.errors import InputError
+
+ANY = (0.0, math.inf)
+"""[low, high) of a field: 0 or more."""
+COUNT = (1.0, math.inf)
+POSITIVE = (sys.float_info.min, math.inf)
+
+
+def check_fields(
+    settings: object, bounds: Mapping[str, tuple[float, float]], *, code: str, hint: str
+) -> None:
+    """Raise unless every named field that is not None lies in its [low, high).
+
+    Raises:
+        InputError: with `code`; names all fields that do not, and their values.
+    """
+    found = {name: getattr(settings, name) for name in bounds}
+    wrong = [
+        f"{name} {value}"
+        for name, value in found.items()
+        if value is not None and not bounds[name][0] <= value < bounds[name][1]
+    ]
+    if wrong:
+        message = f"out of range: {', '.join(wrong)}"
+        raise InputError(code, message, path=wrong[0].split()[0], hint=hint)
