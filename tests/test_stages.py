@@ -574,7 +574,7 @@ def test_a_generator_outlives_a_training_that_did_not_help(
 
 
 def test_a_correction_of_another_plan_is_refused(tmp_path: Path) -> None:
-    """I5: written into a file by hand, the correction of one network does not pass for another."""
+    """P10, I5: written into a file by hand, the correction at 8 bits does not pass for 4."""
     schedule = stages.correct(quantized("w8a8"), small()[1])
     file = tmp_path / "mixed.safetensors"
     save_quantized(quantized(), file, correction=schedule)

@@ -65,6 +65,7 @@ def _error(correction: CorrectedSchedule, *, k: float = 0.1) -> tuple[Sample, Sa
 
 @pytest.mark.parametrize("gain", [True, False])
 def test_p1_the_bias_is_gone_with_and_without_the_gain(gain: bool) -> None:
+    """P1."""
     correction = Ptqd(gain=gain).correct(_program(), _measured(), KEY)
     mean, _ = _error(correction)
     assert np.all(np.abs(mean) < 1e-6)
@@ -72,6 +73,7 @@ def test_p1_the_bias_is_gone_with_and_without_the_gain(gain: bool) -> None:
 
 
 def test_p1_gain_without_bias_leaves_the_residual_mean_only() -> None:
+    """P1."""
     statistics = _measured()
     correction = Ptqd(bias=False).correct(_program(), statistics, KEY)
     mean, _ = _error(correction)
@@ -99,6 +101,7 @@ def test_nothing_switched_on_corrects_nothing() -> None:
 
 
 def test_p6_without_the_gain_the_uncorrelated_noise_alone_is_absorbed() -> None:
+    """P6."""
     program, statistics = _program(), _measured()
     found = Ptqd(gain=False).correct(program, statistics, KEY)
     for step in range(STEPS):
@@ -112,6 +115,7 @@ def test_p6_without_the_gain_the_uncorrelated_noise_alone_is_absorbed() -> None:
 
 
 def test_p6_no_more_than_the_allowed_share_is_absorbed() -> None:
+    """P6."""
     program = _program()
     loud = _measured().model_copy(update={"variance": ((1e6, 1e6),) * STEPS})
     found = Ptqd(absorb=0.75).correct(program, loud, KEY)
@@ -121,6 +125,7 @@ def test_p6_no_more_than_the_allowed_share_is_absorbed() -> None:
 
 
 def test_p4_a_negative_gain_error_is_corrected_when_allowed() -> None:
+    """P4."""
     statistics, program = _measured(k=-0.1), _program()
     assert statistics.k == (0.0,) * STEPS
     default = Ptqd().correct(program, statistics, KEY)
@@ -133,6 +138,7 @@ def test_p4_a_negative_gain_error_is_corrected_when_allowed() -> None:
 
 
 def test_p4_negative_statistics_are_clamped_unless_allowed() -> None:
+    """P4."""
     statistics = measure_noise(
         _float,
         lambda x, step, fed: _quantized(x, step, fed, k=-0.1),
@@ -149,11 +155,13 @@ def test_p4_negative_statistics_are_clamped_unless_allowed() -> None:
 
 
 def test_p4_a_negative_gain_error_never_doubles_an_output() -> None:
+    """P4."""
     found = Ptqd(allow_negative=True).correct(_program(), _measured(k=-0.9), KEY)
     assert found.gain == (2.0,) * STEPS
 
 
 def test_p5_a_step_left_out_of_the_statistics_is_not_corrected() -> None:
+    """P5."""
     samples = [sample for sample in _samples() if sample[0] != 2]
     statistics = measure_noise(
         _float,
@@ -201,6 +209,7 @@ def test_a_learned_variance_gives_what_arrives_of_the_noise() -> None:
 
 
 def test_p6_noise_above_the_upper_bound_of_a_learned_variance_is_marked() -> None:
+    """P6."""
     loud = _measured().model_copy(update={"variance": ((1e6, 1e6),) * STEPS})
     assert Ptqd().correct(_learning(), loud, KEY).clamped == (True, True, True, False)
     assert not any(Ptqd().correct(_learning(), _measured(k=0.0), KEY).clamped[:2])

@@ -42,6 +42,7 @@ def _noisy(x: Sample, step: int, label: float) -> Sample:
 
 
 def test_p1_every_step_gets_its_own_noise_model() -> None:
+    """P1."""
     statistics = measure_noise(_reference, _noisy, _samples(), n_steps=STEPS)
     # 4096 elements per step: standard errors 0.0011 of k, 0.008 of mu (f lies 3 to 5 from 0).
     np.testing.assert_allclose(statistics.k, GAIN_ERRORS, atol=0.005)
@@ -52,6 +53,7 @@ def test_p1_every_step_gets_its_own_noise_model() -> None:
 
 
 def test_p2_a_network_like_the_reference_has_no_noise() -> None:
+    """P2."""
     statistics = measure_noise(_reference, _reference, _samples(), n_steps=STEPS)
     assert statistics.k == statistics.correlation == (0.0,) * STEPS
     assert statistics.mu == statistics.variance == ((0.0, 0.0),) * STEPS
@@ -59,6 +61,8 @@ def test_p2_a_network_like_the_reference_has_no_noise() -> None:
 
 
 def test_p4_a_negative_gain_error_is_clamped_and_marked() -> None:
+    """P4."""
+
     def weaker(x: Sample, step: int, label: float) -> Sample:
         return np.float32(0.9) * _reference(x, step, label)
 
@@ -72,6 +76,7 @@ def test_p4_a_negative_gain_error_is_clamped_and_marked() -> None:
 
 
 def test_p5_missing_steps_are_named() -> None:
+    """P5: an error by default."""
     with pytest.raises(InputError, match=r"no sample at 2 of 4 steps: 1, 3") as caught:
         measure_noise(_reference, _noisy, _samples((0, 2)), n_steps=4)
     assert caught.value.code == "EQ-3412"
@@ -79,11 +84,13 @@ def test_p5_missing_steps_are_named() -> None:
 
 @pytest.mark.parametrize("allow_missing", [False, True])
 def test_p5_no_samples_at_all_are_refused(allow_missing: bool) -> None:
+    """P5."""
     with pytest.raises(InputError, match="no sample at 3 of 3 steps"):
         measure_noise(_reference, _noisy, iter(()), n_steps=STEPS, allow_missing=allow_missing)
 
 
 def test_p5_a_missing_step_may_be_left_uncorrected() -> None:
+    """P5."""
     everywhere = measure_noise(_reference, _noisy, _samples(), n_steps=STEPS)
     found = measure_noise(_reference, _noisy, _samples((0, 2)), n_steps=STEPS, allow_missing=True)
     assert found.n[1] == 0
@@ -126,6 +133,7 @@ def test_a_step_outside_the_sampler_is_refused(step: int) -> None:
 
 
 def test_p11_rows_are_step_indices_whatever_the_order_of_the_samples() -> None:
+    """P11."""
     forward = measure_noise(_reference, _noisy, _samples(), n_steps=STEPS)
     backward = measure_noise(_reference, _noisy, reversed([*_samples()]), n_steps=STEPS)
     # Row 0 is the noisiest step, which was given the largest gain error.

@@ -115,6 +115,7 @@ def test_the_snr_is_that_of_the_noise_prediction_whatever_is_predicted(
 
 
 def test_c10_the_corrected_error_counts() -> None:
+    """C10."""
     program = _program("epsilon")
     levels = noise_levels(program)
     statistics = measure_noise(
@@ -150,6 +151,7 @@ def _uniform(snr: Sequence[float]) -> NoiseStatistics:
 
 
 def test_p9_early_steps_take_few_bits_late_steps_many() -> None:
+    """P9."""
     program = _program("epsilon")
     levels = noise_levels(program)
     forward = (levels.signal / levels.noise) ** 2
@@ -160,6 +162,7 @@ def test_p9_early_steps_take_few_bits_late_steps_many() -> None:
 
 
 def test_p9_none_satisfying_takes_most_bits_all_satisfying_fewest() -> None:
+    """P9."""
     program = _program("epsilon")
     levels = noise_levels(program)
     low, high = _uniform([1e-4] * STEPS), _uniform([1e4] * STEPS)
@@ -168,6 +171,7 @@ def test_p9_none_satisfying_takes_most_bits_all_satisfying_fewest() -> None:
 
 
 def test_p9_both_ratios_may_be_powers() -> None:
+    """P9."""
     program = _program("epsilon")
     levels = noise_levels(program)
     forward = (levels.signal / levels.noise) ** 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from edgeqdm import load, pipeline, verify, wrap
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import ActivationPolicy, Precision
 from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.numerics import philox, solver
 from edgeqdm.quantize.finetune import FinetuneSettings
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 from edgeqdm.quantize.reconstruct import ReconstructionSettings
@@ -85,16 +87,16 @@ def uneven(seed: int) -> Prepared:
 
 
 def test_groups_beat_rows_and_learned_rounding_beats_both_at_4_bits() -> None:
-    """I2: on the average of 3 seeds, by a third each."""
+    """I2: on the average of 5 seeds, by a third each; it measures 2.3 and 2.7 times."""
     plain = pipeline.Method(ranges="minmax")
-    settings = ReconstructionSettings(iterations=60, batch=16)
+    settings = ReconstructionSettings(iterations=40, batch=16)
     learned = pipeline.Method(reconstruction=settings, selected=96, density=False)
     totals = [0.0, 0.0, 0.0]
-    for seed in range(3):
+    for seed in range(5):
         model = uneven(seed)
         pairs = (("w4a8", plain), ("w4g16a8", plain), ("w4g16a8", learned))
         for place, (body, method) in enumerate(pairs):
-            totals[place] += model.error(body, method) / 3
+            totals[place] += model.error(body, method) / 5
     nearest, grouped, reconstructed = totals
     assert nearest > 1.3 * grouped > 1.3 * 1.3 * reconstructed, totals
 
@@ -106,6 +108,30 @@ def test_eight_bits_are_close_to_float() -> None:
         method = pipeline.Method(ranges="minmax")
         found = pipeline.quantize(model.denoiser, model.calibration, method=method)
         assert min(pipeline.measure(found.quantized, model.calibration).snr_db) > 24.0
+
+
+def free_run(predict: Callable[[Tensor, int, Tensor], Tensor], denoiser: Denoiser) -> Tensor:
+    """Final latents [3, C, H, W] of the sampler, every label once, always from the same noise."""
+    shape, images, labels = denoiser.info.sample_shape, range(3), torch.arange(3)
+    drawn = solver.run(
+        solver.Table.from_json(denoiser.program.model_dump(mode="json")),
+        lambda x, step: predict(torch.from_numpy(x), step, labels).numpy(),
+        philox.batch_normal(11, philox.INITIAL_STREAM, images, shape),
+        lambda step: philox.batch_normal(11, philox.step_stream(step), images, shape),
+    )
+    return torch.from_numpy(drawn)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("unet", 40.0), ("dit", 55.0)])
+def test_latents_of_eight_bits_end_where_those_of_float_do(kind: str, least: float) -> None:
+    """I2: PSNR over the range of the float latents; 45 and 61 dB, random weights as above."""
+    model = tiny(kind)
+    method = pipeline.Method(ranges="minmax")
+    found = pipeline.quantize(model.denoiser, model.calibration, method=method).quantized
+    wanted = free_run(model.denoiser.predict, model.denoiser)
+    error = (free_run(found.predict, model.denoiser) - wanted).square().mean()
+    peak = wanted.max() - wanted.min()
+    assert float(10 * torch.log10(peak.square() / error)) > least
 
 
 def predictions(quantized: QuantizedDenoiser) -> list[Tensor]:

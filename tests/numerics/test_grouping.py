@@ -137,12 +137,27 @@ def test_no_min_max_error_exceeds_half_a_scale(
 def test_one_sided_and_constant_groups_are_reconstructed(
     weight: Tensor, group_size: int, bits: int
 ) -> None:
-    """Q1: the published formula leaves 0 outside the range and returns about 1 for 10."""
+    """Q1: in groups of one, too."""
     plain = grouped_minmax(weight, bits, group_size)
     assert float(errors_in_scales(weight, plain).max()) <= HALF_A_SCALE
     for found in (plain, search_grouped(weight, bits, group_size)):
         # Half a scale is 3.4 % of a range of 15 scales; the search may give up a little more.
         torch.testing.assert_close(dequantize_grouped(found), weight, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_range_without_zero_would_lose_one_sided_groups(bits: int) -> None:
+    """Q1: the published formula leaves 0 outside the range and returns about 1 for 10."""
+    weight, top = torch.linspace(10, 11, 16)[None], 2**bits - 1
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    scale = (high - low).clamp(min=1e-5) / top
+    zero_point = torch.round(-low / scale).clamp(0, top)
+    codes = (torch.round(weight / scale) + zero_point).clamp(0, top)
+    published = (codes - zero_point) * scale
+    assert float(published.max()) < 1.1
+    # Half of a scale that is a fifteenth of 11, at most.
+    ours = dequantize_grouped(grouped_minmax(weight, bits, 16))
+    assert float((ours - weight).abs().max()) < 0.4 < float((published - weight).abs().min())
 
 
 @given(weight=WEIGHTS, bits=BITS, group_size=GROUP_SIZES)
@@ -323,6 +338,7 @@ def test_integer_product_equals_the_product_of_dequantized_values(group_size: in
 
 
 def test_result_of_a_token_does_not_depend_on_the_others() -> None:
+    """Q4: nor does its product."""
     weight = random_grouped(4, (16, 100), 32)
     codes = torch.randint(-127, 128, (33, 100)).float()
     scale = torch.rand(33, 4)

@@ -299,6 +299,7 @@ def test_a_variance_without_bounds_is_the_output_and_never_negative() -> None:
 def test_p6_what_is_absorbed_leaves_a_learned_variance_elementwise(
     absorbed: float, share: float, bounds: bool
 ) -> None:
+    """P6."""
     v = np.linspace(-1.0, 1.0, num=int(np.prod(SHAPE)), dtype=np.float32).reshape(SHAPE)
     program = learning_program(bounds=bounds)
     plain = np.maximum(drawn_std(program, v) ** 2, 1e-20)
@@ -310,6 +311,7 @@ def test_p6_what_is_absorbed_leaves_a_learned_variance_elementwise(
 
 
 def test_p2_nothing_absorbed_changes_no_bit_of_a_learned_variance() -> None:
+    """P2."""
     program = learning_program()
     plain = solver.run(table_of(program), predict_both, initial_noise(), step_noise)
     again = table_of(program, absorbing(0.0))
@@ -342,6 +344,7 @@ def test_a_learned_variance_that_is_missing_is_refused() -> None:
 
 @pytest.mark.parametrize("step", [-1, N_STEPS, 10**9])
 def test_step_out_of_range_is_refused(step: int) -> None:
+    """P5: what runs on a device never corrects a step that was not measured."""
     table = table_of(random_program(0))
     x = initial_noise()
     message = rf"step {step} is outside 0\.\.4"
@@ -408,6 +411,7 @@ def test_program_that_is_no_table_is_refused(field: str, value: Any, message: st
 
 
 def test_correction_for_other_steps_is_refused() -> None:
+    """P5."""
     correction = {**random_correction(0).model_dump(mode="json"), "gain": [1.0]}
     with pytest.raises(ValueError, match="gain must be a table of 5 numbers"):
         solver.Table.from_json(random_program(0).model_dump(mode="json"), correction)

@@ -209,6 +209,7 @@ def bytes_by_hand(wide: int, narrow: int) -> int:
 def test_the_cost_of_a_genome_is_counted_by_hand(
     cost: str, by_hand: Callable[[int, int], int]
 ) -> None:
+    """I9: what is reported of a search on the tiny DiT."""
     found = search(cost=cost, uniform=16)
     sizes = sizes_of(found.plan)
     assert found.search.cost == by_hand(sizes[WIDE], sizes[NARROW])

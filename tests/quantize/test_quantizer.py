@@ -158,7 +158,7 @@ def test_float_denoiser_is_left_as_it_was(
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_plan_of_floats_gives_the_bits_of_the_float_network(kind: str) -> None:
-    """I1: with every feature off nothing is left of quantization."""
+    """I1, T7: with every feature off nothing is left of quantization."""
     denoiser = tiny_quantized(kind).denoiser
     found = quantize(denoiser, float_plan(denoiser.info, "onnxruntime", STEPS), {})
     x, labels = torch.randn(3, *denoiser.info.sample_shape), torch.tensor([0, 2, 1])
@@ -317,6 +317,7 @@ def test_digest_changes_with_every_table_and_with_the_plan(
     observations: Observations,
     quantized: QuantizedDenoiser,
 ) -> None:
+    """P10: bits and scales are part of what a correction was measured on."""
     assert precision_digest(quantize(denoiser, plan, observations)) == precision_digest(quantized)
     seen = observations["conv"]
     wider = replace(seen.output, samples=2 * seen.output.samples, high=2 * seen.output.high)
@@ -495,6 +496,27 @@ def test_min_max_ranges_are_the_plain_baseline(wide: Calibrated) -> None:
     assert torch.equal(
         by_layer["linear"].weight.codes, grouped_minmax(linear.detach(), 4, 16).codes
     )
+
+
+def test_a_network_of_codes_holds_no_float_copy_of_its_weights(wide: Calibrated) -> None:
+    """I8: counted on the tensors in memory, where a code takes a byte whatever its width."""
+    found = wide.quantize({"conv": "w4a8", "linear": "w4g16a8"})
+    held = [
+        tensor
+        for module in found.network.modules()
+        for place in (vars(module), module._parameters, module._buffers)
+        for tensor in place.values()
+        if isinstance(tensor, Tensor)
+    ]
+    floats = {name: 4 * p.numel() for name, p in wide.denoiser.module.named_parameters()}
+    weights = (".conv.weight", ".linear.weight")
+    coded = {name: n_bytes for name, n_bytes in floats.items() if name.endswith(weights)}
+    assert len(coded) == 2
+    # Scales of 48 rows, scale and zero_point of 48 x 3 groups, three rows of STEPS scales, and the
+    # timesteps in int64.
+    tables = 4 * 48 + 5 * 48 * 3 + 3 * 4 * STEPS + 8 * STEPS
+    expected = sum(floats.values()) - sum(coded.values()) * 3 // 4 + tables
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == expected
 
 
 @KINDS

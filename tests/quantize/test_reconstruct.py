@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.select import Selection, select
-from edgeqdm.calibrate.trajectories import Trajectories, collect_trajectories
+from edgeqdm.calibrate.trajectories import Trajectories, checksum, collect_trajectories
 from edgeqdm.errors import EdgeqdmError, InputError
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import Precision
@@ -31,6 +31,7 @@ from edgeqdm.quantize.reconstruct import (
     ReconstructionSettings,
     reconstruct,
 )
+from edgeqdm.quantize.soft import harden
 from edgeqdm.quantize.tdq import ScaleGenerator, fit_generator
 
 STEPS = 3
@@ -148,6 +149,9 @@ def test_blocks_are_closer_than_nearest_rounding_and_nearly_decided(seed: int) -
         assert block.gap < 0.10
     for runs in (trajectories(1), trajectories(77)):
         assert final_error(plan, found.parameters, runs) < final_error(plan, before, runs)
+        for layer in ("blocks.0", "blocks.1", "conv"):
+            learned = output_error(found.parameters, plan, layer, runs)
+            assert learned < output_error(before, plan, layer, runs)
 
 
 @pytest.mark.parametrize("body", ["w4a8", "w4g16a8", "w4g16a8dyn", "w8a8dyn", "w4g16", "w4a4"])
@@ -189,16 +193,17 @@ def test_activation_scales_of_every_step_are_learned() -> None:
         assert torch.allclose(mine.activation.scale, given.scale, rtol=0.3)
 
 
-def inner_error(parameters: Parameters, plan: DeploymentPlan) -> float:
-    """Relative error of the first block's first layer, given the float network's input."""
+def output_error(
+    parameters: Parameters, plan: DeploymentPlan, layer: str, runs: Trajectories
+) -> float:
+    """Relative error of what a layer or block returns, behind the quantized network before it."""
     quantized = assemble(toy(), plan, parameters)
-    runs = trajectories(1)
     outputs: list[Tensor] = []
     error = 0.0
     for step in range(STEPS):
         outputs.clear()
         for network in (toy().module, quantized.network.network):
-            handle = get_layer(network, "blocks.0.up").register_forward_hook(
+            handle = get_layer(network, layer).register_forward_hook(
                 lambda layer, args, output: outputs.append(output)
             )
             with torch.no_grad():
@@ -210,15 +215,35 @@ def inner_error(parameters: Parameters, plan: DeploymentPlan) -> float:
     return error
 
 
-def test_inner_weight_lowers_the_inner_error_at_little_cost_to_the_block() -> None:
-    """E8."""
+def test_inner_weight_lowers_the_inner_error_at_no_cost_to_the_block() -> None:
+    """E8: the block within 5 % on the average of 3 seeds, where it measures 2 % less; one seed
+    alone varies by 8 %."""
     plan, _, _ = prepared("w4a8")
-    alone, both = trained(0, 0.0), trained(0, 0.3)
-    assert inner_error(both.parameters, plan) < inner_error(alone.parameters, plan)
-    assert both.blocks[0].loss_hard < 1.25 * alone.blocks[0].loss_hard
+    alone, both = 0.0, 0.0
+    for seed in range(3):
+        parameters = [trained(seed, 0.0).parameters, trained(seed).parameters]
+        # What the first block is fed is the float network's.
+        inner = [output_error(p, plan, "blocks.0.up", trajectories(77)) for p in parameters]
+        assert inner[1] < inner[0]
+        block = [output_error(p, plan, "blocks.0", trajectories(77)) for p in parameters]
+        alone, both = alone + block[0], both + block[1]
+    assert both < 1.05 * alone
 
 
 def test_zero_inner_weight_is_the_block_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E8: bit for bit what a loss without inner layers learns."""
+    errors = module._Task._errors
+    without, some = (run("w4a8", replace(BRIEF, inner_weight=weight)) for weight in (0.0, 0.8))
+
+    def of_block_alone(task: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return errors(task, rows)[0], torch.zeros(())
+
+    monkeypatch.setattr(module._Task, "_errors", of_block_alone)
+    assert_same(without, run("w4a8", replace(BRIEF, inner_weight=0.8)))
+    assert without.blocks[0].loss_soft != some.blocks[0].loss_soft
+
+
+def test_zero_inner_weight_watches_no_inner_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """E8."""
     watched: list[tuple[str, ...]] = []
     original = module._outputs
@@ -240,6 +265,58 @@ def test_float_model_and_given_parameters_are_untouched() -> None:
     reconstruct(toy(), plan, before, selection, settings=BRIEF)
     assert all(torch.equal(state[k], v) for k, v in toy().module.state_dict().items())
     assert all(torch.equal(codes[v], mine.weight.codes) for v, mine in before.layers.items())
+
+
+def hashes(parameters: Parameters) -> dict[str, str]:
+    """Of codes and activation scales, by layer."""
+    return {
+        variant.layer: checksum(
+            {
+                name: tensor
+                for name, tensor in (
+                    ("codes", mine.weight.codes),
+                    ("activation", None if mine.activation is None else mine.activation.scale),
+                    ("output", None if mine.output is None else mine.output.scale),
+                )
+                if tensor is not None
+            }
+        )
+        for variant, mine in parameters.layers.items()
+    }
+
+
+def test_training_a_block_touches_no_other_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E9: by hash; the optimizer of a block holds its own rounding and scales, and all of them."""
+    train = module._Task.train
+    held: list[set[int]] = []
+    trained_blocks: list[str] = []
+
+    class Watched(torch.optim.Adam):
+        def __init__(self, groups: list[dict[str, Any]]) -> None:
+            held.append({id(p) for group in groups for p in group["params"]})
+            super().__init__(groups)
+
+    def watched(task: Any, *arguments: Any) -> int:
+        soft, block = task._context.soft, task._block
+        floats = checksum(dict(toy().module.state_dict()))
+        before = hashes(harden(soft))
+        done: int = train(task, *arguments)
+        after = hashes(harden(soft))
+        changed = {layer for layer in before if before[layer] != after[layer]}
+        assert set() < changed <= set(block.layers)
+        assert checksum(dict(toy().module.state_dict())) == floats
+        mine = [get_layer(soft.module, layer).named_parameters() for layer in block.layers]
+        learned = ("alpha", "log_ratio")
+        assert held[-1] == {
+            id(p) for found in mine for name, p in found if name.rpartition(".")[2] in learned
+        }
+        trained_blocks.append(block.name)
+        return done
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    monkeypatch.setattr(module._Task, "train", watched)
+    run("w4a8", BRIEF)
+    assert trained_blocks == ["blocks.0", "blocks.1", "conv"]
 
 
 def test_finished_blocks_are_untouched_by_later_ones(tmp_path: Path) -> None:
@@ -355,7 +432,7 @@ def run_generated(settings: ReconstructionSettings, **more: Any) -> Reconstructi
 
 
 def test_networks_of_the_timestep_learn_with_the_rounding() -> None:
-    """Jointly (E6): what is stored is what the trained networks say, and it is better."""
+    """C5: jointly; what is stored is what the trained networks say, and it is better."""
     plan, _, _ = prepared("w4a8")
     generator, before = generated()
     found = run_generated(FAST)

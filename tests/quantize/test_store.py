@@ -123,6 +123,7 @@ def test_every_policy_on_either_network_loads_bit_for_bit(
     ["w8a8", "w6a8", "w4a4", "w8a8dyn", "w4a4dyn", "w4g16a8", "w6g16a8dyn", "w8", "w4g32", "fp16"],
 )
 def test_every_kind_of_precision_loads_bit_for_bit(body: str, tmp_path: Path) -> None:
+    """Q8: plan, codes, scales and group sizes."""
     model = seen("small")
     assert_same_after_loading(model.quantize(model.plan(body)), tmp_path)
 

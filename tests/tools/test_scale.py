@@ -28,6 +28,7 @@ def scale() -> ModuleType:
 
 
 def test_row_goes_from_weights_to_a_verified_package(scale: ModuleType, tmp_path: Path) -> None:
+    """I8: memory is the process's own peak, sizes are those of the files."""
     scale.build(scale.MODELS["dit-xl-2"], "tiny", tmp_path)
     folder = tmp_path / "w8a8"
     folder.mkdir()
@@ -45,6 +46,10 @@ def test_row_goes_from_weights_to_a_verified_package(scale: ModuleType, tmp_path
         "write",
     ]
     assert row["peak_gib"] == max(stage["peak_gib"] for stage in row["stages"]) > 0
+    for name, file in (("stored", "quantized.safetensors"), ("graph", "package/model.onnx")):
+        # Written to one decimal.
+        size = (folder / file).stat().st_size / 2**20
+        assert row[f"{name}_mib"] == pytest.approx(size, abs=0.051)
     assert row["stored_mib"] < row["float32_mib"] / 2
     checked = scale.check("dit-xl-2", "w8a8", folder)
     assert checked["integer_kernels"] == row["integer_layers"] > 0

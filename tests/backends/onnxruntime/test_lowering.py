@@ -143,6 +143,7 @@ def both(
 def test_convolution_runs_on_the_integer_kernel_and_equals_the_eager_op(
     network: SteppedNetwork, tmp_path: Path
 ) -> None:
+    """T9: exported, at every step, to the last bit."""
     session, nodes = optimized(emit(network), tmp_path)
     assert nodes["QLinearConv"] == 1
     assert nodes["ConvInteger"] + nodes["Conv"] + nodes["FusedConv"] == 0
