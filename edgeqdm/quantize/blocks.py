@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -67,6 +68,28 @@ def find_blocks(denoiser: Denoiser, layers: Collection[str]) -> tuple[Block, ...
         Block(name, tuple(mine), sum(run.macs[layer] for layer in mine))
         for name, mine in members.items()
     )
+
+
+def most_reused(denoiser: Denoiser, share: float) -> tuple[str, ...]:
+    """Body layers whose weights are used at most positions of a sample, few of all the weights.
+
+    In a UNet these are the layers of its finest resolution. Resolutions are taken whole, the finest
+    first, as long as their layers hold no more than `share` of the weights of the body; a network
+    of one resolution has none.
+
+    Args:
+        denoiser: runs once.
+        share: of the weights of all body layers, 0 to 1.
+    """
+    sizes = {x.name: math.prod(x.weight_shape) for x in denoiser.info.layers if x.role == "body"}
+    macs = _watch(denoiser, sizes).macs
+    positions = {name: macs[name] // size for name, size in sizes.items() if name in macs}
+    chosen: list[str] = []
+    for level in sorted(set(positions.values()), reverse=True):
+        chosen += [name for name, mine in positions.items() if mine == level]
+        if sum(sizes[name] for name in chosen) > share * sum(sizes.values()):
+            return tuple(name for name in chosen if positions[name] != level)
+    return ()
 
 
 def _outermost(network: nn.Module, layers: Collection[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ ENDS_REASON = {
     "input": "first layer, its rounding error reaches every other layer",
     "output": "last layer, its rounding error reaches the sample undamped",
 }
+FINE_REASON = "finest resolution of the body, few weights used at many positions"
 
 
 def default_plan(
@@ -23,6 +24,7 @@ def default_plan(
     body: Precision = W8A8,
     embedding: Precision = FP32,
     tables: Collection[str] = (),
+    fine: Collection[str] = (),
     activation: ActivationPolicy | None = None,
 ) -> DeploymentPlan:
     """One precision for the body, float for the ends, and a choice for the embeddings.
@@ -35,9 +37,12 @@ def default_plan(
             groups and run-time scales, which no convolution kernel has.
         embedding: precision of layers that depend on timestep and conditioning only.
         tables: embedding layers that are looked up instead of computed.
+        fine: body layers that keep 8-bit weights where `body` has fewer.
         activation: policy of the body's activations; default what `body` implies.
     """
-    layers = tuple(_assignment(x, body, embedding, tables, activation) for x in info.layers)
+    layers = tuple(
+        _assignment(x, body, embedding, tables, x.name in fine, activation) for x in info.layers
+    )
     phase = Phase(start=0, stop=n_steps, layers=layers)
     return DeploymentPlan(target=target, model=info.fingerprint, n_steps=n_steps, phases=(phase,))
 
@@ -99,12 +104,13 @@ def _assignment(
     body: Precision,
     embedding: Precision,
     tables: Collection[str],
+    fine: bool,
     activation: ActivationPolicy | None,
 ) -> LayerAssignment:
     if layer.role == "body":
-        chosen = _for_kind(layer.kind, body)
+        chosen = _for_kind(layer.kind, _widened(body) if fine else body)
         policy = activation if activation in chosen.policies else None
-        reason = f"{chosen}: body of the network"
+        reason = f"{chosen}: {FINE_REASON if fine else 'body of the network'}"
         return LayerAssignment(layer=layer.name, precision=chosen, activation=policy, reason=reason)
     if layer.role == "embedding":
         chosen = TABLE if layer.name in tables else _for_kind(layer.kind, embedding)
@@ -112,6 +118,12 @@ def _assignment(
         return LayerAssignment(layer=layer.name, precision=chosen, reason=reason)
     reason = f"fp32: {ENDS_REASON[layer.role]}"
     return LayerAssignment(layer=layer.name, precision=FP32, reason=reason)
+
+
+def _widened(precision: Precision) -> Precision:
+    if not precision.coded or precision.weight_bits >= 8:
+        return precision
+    return _coded(8, precision.group_size, precision.activation_bits, precision.dynamic)
 
 
 def _for_kind(kind: LayerKind, precision: Precision) -> Precision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from edgeqdm.errors import InputError
 from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.models.load import load
-from edgeqdm.quantize.blocks import Block, find_blocks
+from edgeqdm.quantize.blocks import Block, find_blocks, most_reused
 from edgeqdm.testing import tiny
 from edgeqdm.testing.conformance import small_denoiser
 
@@ -131,3 +132,21 @@ def test_layer_that_does_not_run_is_named() -> None:
     with pytest.raises(InputError) as caught:
         find_blocks(denoiser, ("conv", "spare"))
     assert (caught.value.code, caught.value.path) == ("EQ-3252", "spare")
+
+
+def test_layers_of_the_finest_resolution_are_most_reused(tmp_path: Path) -> None:
+    """Whole resolutions, finest first, within a share of the weights of the body."""
+    denoiser = loaded(tiny.write_tiny_unet, tmp_path)
+    sizes = {x.name: math.prod(x.weight_shape) for x in denoiser.info.layers if x.role == "body"}
+    fine = most_reused(denoiser, 0.9)
+    assert {"down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv1"} <= set(fine)
+    assert "down_blocks.0.downsamplers.0.conv" not in fine
+    assert not any("mid_block" in name for name in fine)
+    share = sum(sizes[name] for name in fine) / sum(sizes.values())
+    assert most_reused(denoiser, share) == fine
+    assert most_reused(denoiser, share - 1e-6) == ()
+    assert set(most_reused(denoiser, 1.0)) <= {*sizes}
+
+
+def test_a_transformer_has_one_resolution(tmp_path: Path) -> None:
+    assert most_reused(loaded(tiny.write_tiny_dit, tmp_path), 0.9) == ()

@@ -66,6 +66,24 @@ def test_a_convolution_gets_the_body_precision_without_groups_and_run_time_scale
     assert (found["mix"], found["conv"]) == (body, conv)
 
 
+@pytest.mark.parametrize(
+    ("body", "conv", "mix"),
+    [
+        ("w4a8", "w8a8", "w8a8"),
+        ("w4g64a8dyn", "w8a8", "w8g64a8dyn"),
+        ("w6a4", "w8a4", "w8a4"),
+        ("w4", "w8", "w8"),
+        ("w8a8", "w8a8", "w8a8"),
+        ("fp16", "fp16", "fp16"),
+    ],
+)
+def test_fine_layers_keep_8_bit_weights_and_all_else(body: str, conv: str, mix: str) -> None:
+    plan = default_plan(INFO, "onnxruntime", 5, body=Precision(body), fine=["conv", "mix"])
+    found = precisions_of(plan)
+    assert (found["conv"], found["mix"]) == (conv, mix)
+    assert "finest resolution" in layers_of(plan)["conv"].reason
+
+
 def test_embeddings_get_their_own_precision_or_a_table() -> None:
     plan = default_plan(INFO, "eager", 5, embedding=Precision("w4g32"), tables=["time"])
     found = precisions_of(plan)

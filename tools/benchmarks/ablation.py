@@ -48,6 +48,7 @@ class Row:
         name: for the table.
         ranges: `minmax` or `search`.
         groups: group linear weights by 64 input channels.
+        fine: 8-bit weights at the finest resolution of a UNet.
         policy: of activations: `static`, `temporal`, or `dynamic` in linear layers.
         reconstruct: None, or which samples: `even` or `density`.
         correct: parts of PTQD.
@@ -59,6 +60,7 @@ class Row:
     name: str
     ranges: str = "search"
     groups: bool = True
+    fine: bool = True
     policy: str = "temporal"
     reconstruct: str | None = None
     correct: tuple[str, ...] = ()
@@ -72,12 +74,22 @@ def rows_of(model: str, width: str) -> tuple[Row, ...]:
     # Group scales pay for run-time activation scales in transformers; convolutions have neither.
     policy = "dynamic" if model.startswith("dit") else "temporal"
     parts = ("gain", "bias", "variance")
+    # Transformers have one resolution, and 8 bits are wide already.
+    fine = model.startswith("unet") and width != "w8a8"
+    static = "+ 8 bits at the finest resolution" if fine else "+ groups"
     ladder = [
-        Row("round to nearest, min-max", ranges="minmax", groups=False, policy="static"),
-        Row("+ range search", groups=False, policy="static"),
-        Row("+ groups", policy="static"),
+        Row(
+            "round to nearest, min-max",
+            ranges="minmax",
+            groups=False,
+            fine=False,
+            policy="static",
+        ),
+        Row("+ range search", groups=False, fine=False, policy="static"),
+        Row("+ groups", fine=False, policy="static"),
+        *([Row(static, policy="static")] if fine else []),
         Row("+ temporal scales", policy="temporal"),
-        Row("+ dynamic activations", policy="dynamic", after="+ groups"),
+        Row("+ dynamic activations", policy="dynamic", after=static),
         Row(
             "+ reconstruction, even samples",
             policy=policy,
@@ -207,7 +219,7 @@ def plan_of(denoiser: Any, width: str, row: Row) -> Any:
     policy = ActivationPolicy.STATIC if row.policy == "static" else None
     embedding = "w8" if width == "w8a8" or "unet" in denoiser.info.name else "w4g64"
     return pipeline.rule_plan(
-        denoiser, body=body, embedding=Precision(embedding), activation=policy
+        denoiser, body=body, embedding=Precision(embedding), fine=row.fine, activation=policy
     )
 
 
