@@ -19,6 +19,7 @@ lint: .venv/.installed
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary tools
 	@$(BIN)/lint-imports --no-cache --no-logo
 
 check: lint test

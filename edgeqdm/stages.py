@@ -70,9 +70,10 @@ DEFAULT_TARGET = "onnxruntime"
 DEFAULT_SAMPLES = 64
 CLOSED_LOOP_SEED = 2**49
 FINE_SHARE = 0.08
-"""Of the body's weights: 4 more bits for them are 1 % of the float32 bytes. In `unet-fmnist` at
-W4A8, rounded to nearest, 8 bits at the finest resolution are worth 7 dB at the last step and 6 dB
-in the images; in up_blocks.0, up_blocks.1 or all attention they are worth less than 1 dB each."""
+"""Of the body's weights: 4 more bits for them are at most 1 % of the float32 bytes. In W4A8
+rounded to nearest, 8 bits in down_blocks.0 and up_blocks.2 of `unet-fmnist`, which hold the finest
+resolution, are worth 7 dB at the last step and 6 dB in the images; in up_blocks.0, up_blocks.1 or
+all attention they are worth less than 1 dB each."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def calibrate(
         seed: of noise and conditioning.
         work: folder for finished parts; the same call goes on from them.
         progress: told of finished work.
+
+    Raises:
+        StorageError: if a finished part is damaged or was edited; names the file. So does every
+            stage that keeps one.
     """
     trajectories = collect_trajectories(
         denoiser, samples, seed=seed, work=work, progress=stage("trajectories", progress)

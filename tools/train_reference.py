@@ -100,7 +100,7 @@ def _to_images(pixels: np.ndarray) -> Tensor:
     return F.pad(images[:, None], (2, 2, 2, 2), value=-1.0)
 
 
-def build_denoiser(name: str) -> nn.Module:
+def build_denoiser(name: str) -> UNet2DModel | DiTTransformer2DModel:
     """The untrained reference denoiser on 4 x 16 x 16, with one extra label for "no class"."""
     if name == "unet":
         return UNet2DModel(
@@ -278,14 +278,10 @@ def train(name: str, data: GarmentData, work: Path, n_images: int, seed: int) ->
                 checkpoint,
             )
             saved_at = now
-    record = {
-        "state": average.state,
-        "images": step * BATCH,
-        "seconds": seconds + time.monotonic() - started,
-        "seed": seed,
-    }
+    spent = seconds + time.monotonic() - started
+    record = {"state": average.state, "images": step * BATCH, "seconds": spent, "seed": seed}
     _save(record, final)
-    print(f"{name}: done, {record['seconds'] / 60:.0f} min, {final}", flush=True)
+    print(f"{name}: done, {spent / 60:.0f} min, {final}", flush=True)
     return final
 
 

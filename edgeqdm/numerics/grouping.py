@@ -30,8 +30,8 @@ separately gain less than 0.6 % more."""
 FLOAT32_EXACT_GROUP = 256
 """Codes and zero points are at most 255 apart on both sides: 256 x 255^2 < 2^24."""
 CACHED_TOKENS = 512
-"""Tokens multiplied at a time: their sums stay in the cache while groups are added, which takes
-half the time of all tokens at once."""
+"""Tokens multiplied at a time: their sums stay in the cache while groups are added, up to a third
+faster than all tokens at once."""
 SEARCH_ELEMENTS = 2**21
 """Weights searched at a time: bounds the memory to a few copies of so many numbers."""
 

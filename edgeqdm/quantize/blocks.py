@@ -74,12 +74,12 @@ def most_reused(denoiser: Denoiser, share: float) -> tuple[str, ...]:
     """Body layers whose weights are used at most positions of a sample, few of all the weights.
 
     In a UNet these are the layers of its finest resolution. Resolutions are taken whole, the finest
-    first, as long as their layers hold no more than `share` of the weights of the body; a network
-    of one resolution has none.
+    first, as long as their layers hold no more than `share` of the weights of the body: none in a
+    network of one resolution.
 
     Args:
         denoiser: runs once.
-        share: of the weights of all body layers, 0 to 1.
+        share: of the weights of all body layers, below 1.
     """
     sizes = {x.name: math.prod(x.weight_shape) for x in denoiser.info.layers if x.role == "body"}
     macs = _watch(denoiser, sizes).macs
@@ -89,7 +89,7 @@ def most_reused(denoiser: Denoiser, share: float) -> tuple[str, ...]:
         chosen += [name for name, mine in positions.items() if mine == level]
         if sum(sizes[name] for name in chosen) > share * sum(sizes.values()):
             return tuple(name for name in chosen if positions[name] != level)
-    return ()
+    return tuple(chosen)
 
 
 def _outermost(network: nn.Module, layers: Collection[str]) -> dict[str, str]:

@@ -73,8 +73,8 @@ class FinetuneSettings:
             of the two is nearer to its end.
         batch: samples per iteration; under guidance the network sees each twice.
         lr_weight: learning rate of weights, biases, norms and networks of the timestep. Three times
-            the default is faster where the start is poor (4-bit activations) and too much where it
-            is good: then codes walk at random.
+            the default is faster where the start is poor (4-bit activations); five times is too
+            much where it is good: then codes walk at random.
         lr_scale: learning rate of logarithms of scales.
         temporal: temporal scales come from one network of the timestep per table (TDQ).
 
@@ -167,6 +167,7 @@ def finetune(
             activation is temporal where `settings.temporal`.
         NumericalError: if the loss is NaN or Inf; names the iteration.
         UnsupportedError: see `soften`.
+        StorageError: if the state in `work` is damaged or was edited.
         OutputError: if `work` cannot be written.
     """
     check_plan(denoiser, plan)

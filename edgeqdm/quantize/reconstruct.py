@@ -206,6 +206,7 @@ def reconstruct(
         InputError: if there are fewer than 2 samples or the selection does not fit the sampler.
         NumericalError: if a block is fed NaN or Inf, or its error becomes so; names it.
         UnsupportedError: see `soften` and `capture`.
+        StorageError: if a finished block in `work` is damaged or was edited.
         OutputError: if `work` cannot be written.
     """
     settings = settings or ReconstructionSettings()

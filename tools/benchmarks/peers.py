@@ -63,7 +63,7 @@ QUANTIZER_NODES = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloa
 DYNAMIC_NODES = ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulNBits")
 
 
-class TrajectoryReader(CalibrationDataReader):
+class TrajectoryReader(CalibrationDataReader):  # type: ignore[misc]
     """Feeds a quantizer the float model's own trajectories, every step of every run."""
 
     def __init__(self, trajectories: Trajectories, names: list[str]) -> None:
@@ -99,7 +99,7 @@ def left_in_float(graph: onnx.ModelProto, denoiser: Denoiser) -> list[str]:
     weights = set()
     for layer in denoiser.info.layers:
         if layer.role != "body":
-            weight = get_layer(denoiser.module, layer.name).weight.detach().numpy()
+            weight = get_layer(denoiser.module, layer.name).get_parameter("weight").detach().numpy()
             weights |= {weight.tobytes(), np.ascontiguousarray(weight.T).tobytes()}
     tensors = {t.name: numpy_helper.to_array(t).tobytes() for t in graph.graph.initializer}
     return [
@@ -199,7 +199,7 @@ def measure(source: str, images: int, fid: int, rounds: int, work: Path) -> dict
         variants: list[Variant] = []
         for name, observations in ours.items():
             same = replace(calibration, observations=observations)
-            quantized = pipeline.quantize(denoiser, same, plan=plan)
+            quantized = pipeline.quantize(denoiser, same, plan=plan).quantized
             correction = pipeline.correct(quantized, calibration, work=work / source)
             package = folder / name
             emit_package(quantized, backend, package, correction=correction)

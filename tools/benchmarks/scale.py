@@ -29,7 +29,6 @@ import typer
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from edgeqdm.backends import load_backend
 from edgeqdm.bench.compare import folder_bytes
@@ -54,7 +53,7 @@ GIB, MIB = 2**30, 2**20
 class Model:
     """An architecture in three sizes, and the precisions of its body."""
 
-    family: type[nn.Module]
+    family: type[Any]
     config: Mapping[str, Any]
     smaller: Mapping[str, Mapping[str, Any]]
     precisions: tuple[str, ...]
@@ -148,7 +147,9 @@ class Stages:
         self._running = None
         memory = resident_gib()
         minutes = (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
-        stage = Stage(name, *(round(m, 3) for m in minutes), memory["VmHWM"], memory["VmRSS"])
+        stage = Stage(
+            name, round(minutes[0], 3), round(minutes[1], 3), memory["VmHWM"], memory["VmRSS"]
+        )
         self.done.append(stage)
         print(
             f"{self._title}: {name} {60 * minutes[0]:.0f} s, peak {stage.peak_gib:.2f} GiB, "
@@ -302,7 +303,8 @@ def in_own_process(task: str, arguments: dict[str, Any], threads: int) -> dict[s
     )
     if finished.returncode:
         return {"error": finished.stdout.strip() or f"exit code {finished.returncode}"}
-    return json.loads(finished.stdout)
+    result: dict[str, Any] = json.loads(finished.stdout)
+    return result
 
 
 def do_task(text: str) -> None:
