@@ -58,7 +58,7 @@ from edgeqdm.quantize.finetune import FinetuneSettings
 from edgeqdm.quantize.fold import dependence, table_cost
 from edgeqdm.quantize.group_plan import GroupPlan, plan_groups
 from edgeqdm.quantize.group_search import GroupSearchSettings
-from edgeqdm.quantize.plans import default_plan, with_activation_bits
+from edgeqdm.quantize.plans import FINE_BITS, default_plan, with_activation_bits
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, Ranges, precision_digest
 from edgeqdm.quantize.reconstruct import BlockReport, ReconstructionSettings, reconstruct
 from edgeqdm.quantize.store import load_quantized, save_quantized
@@ -69,7 +69,9 @@ Progress = Callable[[str, int, int], None]
 DEFAULT_TARGET = "onnxruntime"
 DEFAULT_SAMPLES = 64
 CLOSED_LOOP_SEED = 2**49
-FINE_SHARE = 0.08
+SHORTEST_PHASE = 2
+"""Steps."""
+FINE_SHARE = 0.1
 """Of the body's weights: 4 more bits for them are at most 1 % of the float32 bytes. In W4A8
 rounded to nearest, 8 bits in down_blocks.0 and up_blocks.2 of `unet-fmnist`, which hold the finest
 resolution, are worth 7 dB at the last step and 6 dB in the images; in up_blocks.0, up_blocks.1 or
@@ -183,7 +185,9 @@ def quantize(
     parameters = quantizer.initialise(denoiser, chosen, observations, ranges=method.ranges)
     generator = None
     if method.mlp:
-        generator = fit_generator(denoiser.program.timesteps, parameters, observations, seed=seed)
+        generator = fit_generator(
+            chosen, denoiser.program.timesteps, parameters, observations, seed=seed
+        )
         parameters = generator.tabulate(parameters, denoiser.program.timesteps)
     blocks: tuple[BlockReport, ...] = ()
     if method.reconstruction is not None:
@@ -214,12 +218,14 @@ def rule_plan(
     """`default_plan`, with choices that depend on the network.
 
     Layers of the timestep alone become tables where those are smaller. With `fine`, layers of the
-    finest resolution keep 8-bit weights, see `most_reused`.
+    finest resolution keep 8-bit weights where they are at most `FINE_SHARE` of the body's, see
+    `most_reused`.
     """
     timed = [name for name, kind in dependence(denoiser).items() if kind == "time"]
     cost = table_cost(denoiser, timed)
     if cost.table_bytes > cost.removed_bytes:
         timed = []
+    narrow = body.coded and body.weight_bits < FINE_BITS
     return default_plan(
         denoiser.info,
         target,
@@ -227,7 +233,7 @@ def rule_plan(
         body=body,
         embedding=embedding,
         tables=timed,
-        fine=most_reused(denoiser, FINE_SHARE) if fine else (),
+        fine=most_reused(denoiser, FINE_SHARE) if fine and narrow else (),
         activation=activation,
     )
 
@@ -372,7 +378,11 @@ def step_aware_plan(
 ) -> DeploymentPlan:
     """The plan with fewer activation bits at steps whose diffusion noise hides the difference.
 
-    Every width is quantized and measured; the choice is made contiguous, so that it is phases.
+    Every width is quantized and measured. Steps between others of more bits get those, where they
+    are fewer than `SHORTEST_PHASE` in a row.
+
+    Raises:
+        InputError: if the plan has phases already, or no layer on integers.
 
     Source: PTQD, section 4.3.
     """
@@ -390,7 +400,7 @@ def step_aware_plan(
         for width in bits
     }
     chosen = activation_bits_by_step(denoiser.program, noise_levels(denoiser.program), statistics)
-    return with_activation_bits(plan, contiguous(chosen))
+    return with_activation_bits(plan, contiguous(chosen, min_run=SHORTEST_PHASE))
 
 
 def search_groups(
@@ -410,6 +420,7 @@ def search_groups(
     """
     method = Method(selected=samples)
     chosen = select_samples(denoiser, calibration, method, seed=seed, work=work, progress=progress)
+    key = _key(digest(plan), chosen.key(), str(settings), str(seed))
     return plan_groups(
         denoiser,
         plan,
@@ -417,7 +428,7 @@ def search_groups(
         chosen,
         settings=settings,
         seed=seed,
-        file=None if work is None else work / f"groups-{_key(digest(plan), chosen.key())}.json",
+        file=None if work is None else work / f"groups-{key}.json",
         progress=stage("groups", progress),
     )
 

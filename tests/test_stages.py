@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -302,10 +302,11 @@ def rule(denoiser: Denoiser, calibration: Calibration, plan: DeploymentPlan) -> 
     statistics = {}
     for bits in (4, 8):
         flat = with_activation_bits(plan, [bits] * plan.n_steps)
-        found = quantizer.quantize(denoiser, flat, calibration.observations)
-        statistics[bits] = stages.measure(found, calibration)
+        mine = quantizer.quantize(denoiser, flat, calibration.observations)
+        statistics[bits] = stages.measure(mine, calibration)
     levels = noise_levels(denoiser.program)
-    return contiguous(activation_bits_by_step(denoiser.program, levels, statistics))
+    found = activation_bits_by_step(denoiser.program, levels, statistics)
+    return contiguous(found, min_run=stages.SHORTEST_PHASE)
 
 
 @cache
@@ -315,7 +316,7 @@ def noisy_at_first() -> tuple[Denoiser, Calibration]:
         DDIMScheduler(
             beta_schedule="squaredcos_cap_v2", clip_sample=False, timestep_spacing="trailing"
         ),
-        steps=8,
+        steps=20,
     )
     return denoiser, stages.calibrate(denoiser, samples=8)
 
@@ -333,12 +334,23 @@ def test_bits_fall_only_where_the_rule_lets_them() -> None:
                 assert mine.precision.activation_bits == bits
                 assert mine.precision.weight_bits == old.precision.weight_bits
                 assert mine.layer == old.layer
-    # Contiguous: neighbouring phases differ, and there is more than one.
-    assert len(found.phases) == 1 + sum(a != b for a, b in pairwise(wanted))
     assert len(found.phases) > 1
     assert wanted[0] == 4
     again = stages.quantize(denoiser, calibration, plan=found).quantized
     assert torch.isfinite(again.predict(torch.zeros(1, 4, 8, 8), 0, torch.tensor([0]))).all()
+
+
+def test_a_single_step_is_no_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, calibration = noisy_at_first()
+    plan = stages.rule_plan(denoiser, body=Precision("w8a8"))
+    chosen = (4, 8, 4, 4, *[8] * (plan.n_steps - 4))
+    monkeypatch.setattr(stages, "activation_bits_by_step", lambda *_: chosen)
+    found = stages.step_aware_plan(denoiser, calibration, plan)
+    assert [(phase.start, phase.stop) for phase in found.phases] == [
+        (0, 2),
+        (2, 4),
+        (4, plan.n_steps),
+    ]
 
 
 def test_one_width_leaves_nothing_to_choose() -> None:
@@ -378,6 +390,9 @@ def test_group_sizes_are_searched_and_go_on_from_their_folder(tmp_path: Path) ->
     assert len(json.loads(data)["scores"]) == scored
     assert search(Told())[0] == found
     assert file.read_bytes() == data
+    longer = replace(settings, generations=2)
+    stages.search_groups(*small(), plan, samples=10, settings=longer, work=tmp_path)
+    assert file.read_bytes() == data, "another search is another file"
 
 
 # Finetune.

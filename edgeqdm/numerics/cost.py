@@ -1,4 +1,4 @@
-"""What a quantized layer costs: bit operations when it runs, bits per weight where it is stored."""
+"""What a quantized layer costs when it runs, in bit operations."""
 
 from __future__ import annotations
 

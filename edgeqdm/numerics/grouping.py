@@ -93,7 +93,7 @@ def grouped_minmax(weight: Tensor, bits: int, group_size: int) -> GroupedWeight:
 
     Args:
         weight: float [N, K].
-        bits: width of a code, at most 8.
+        bits: width of a code, 4, 6 or 8.
         group_size: input channels that share a scale; need not divide K.
 
     Raises:

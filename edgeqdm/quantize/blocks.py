@@ -50,8 +50,10 @@ def find_blocks(denoiser: Denoiser, layers: Collection[str]) -> tuple[Block, ...
     Source: BRECQ, https://arxiv.org/abs/2102.05426, residual blocks; EDA-DM for their choice in
         diffusion models.
     """
-    homes = _outermost(network_of(denoiser.module), layers)
-    run = _watch(denoiser, {*layers, *homes.values()})
+    around = _outermost(network_of(denoiser.module), layers)
+    run = _watch(denoiser, {*layers, *around.values()})
+    # Some modules are never called themselves, only their parts.
+    homes = {layer: home if home in run.order else layer for layer, home in around.items()}
     missing = sorted(set(layers) - run.macs.keys())
     if missing:
         raise InputError(

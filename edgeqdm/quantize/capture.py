@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -71,41 +72,22 @@ class Rows:
         return x, steps, torch.where(without, self.null.to(own), own)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Calls:
     """Arguments of a block for every row.
 
-    Tensors whose first axis is the batch are files below `folder`; anything else is the same for
-    all rows and kept as it is.
+    Attributes:
+        stored: [rows, k, ...] by argument, in files; k entries of the first axis belong to a row.
+        constant: arguments that are the same for all rows.
     """
 
-    folder: Path
-    n_rows: int
-    stored: dict[int | str, NDArray[Any]] = field(default_factory=dict)
-    constant: Arguments = field(default_factory=dict)
+    stored: dict[int | str, NDArray[Any]]
+    constant: Arguments
 
     def read(self, rows: Tensor) -> Arguments:
         """Arguments of one call for some rows."""
-        found = dict(self.constant)
-        for key, array in self.stored.items():
-            # [rows, k, ...]: k entries of the batch axis belong to one row.
-            found[key] = torch.from_numpy(array[rows.numpy()]).flatten(0, 1)
-        return found
-
-    def write(self, start: int, n_rows: int, arguments: Arguments) -> None:
-        for key, value in arguments.items():
-            if start == 0 and not _per_row(value, n_rows):
-                self.constant[key] = value
-            elif key not in self.constant:
-                self._write(key, start, value.reshape(n_rows, -1, *value.shape[1:]))
-
-    def _write(self, key: int | str, start: int, value: Tensor) -> None:
-        values = value.detach().numpy()
-        if key not in self.stored:
-            file = self.folder / f"{key}.npy"
-            shape = (self.n_rows, *values.shape[1:])
-            self.stored[key] = open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
-        self.stored[key][start : start + len(values)] = values
+        drawn = {key: torch.from_numpy(values[rows.numpy()]) for key, values in self.stored.items()}
+        return {**self.constant, **{key: value.flatten(0, 1) for key, value in drawn.items()}}
 
 
 def call(module: nn.Module, arguments: Arguments) -> Any:
@@ -133,15 +115,20 @@ def capture(network: Network, block: nn.Module, name: str, rows: Rows, folder: P
         OutputError: if the files cannot be written, a full disk included.
         UnsupportedError: if the block does not run or is fed no batch.
     """
-    calls = Calls(folder, rows.n_rows)
     handle = block.register_forward_pre_hook(_reach, with_kwargs=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for start in range(0, rows.n_rows, CHUNK):
-            index = torch.arange(start, min(start + CHUNK, rows.n_rows))
-            arguments = _arguments(network, rows.inputs(index), name)
-            _check(arguments, name)
-            calls.write(start, len(index), arguments)
+        one, two = (_arguments(network, rows.inputs(torch.arange(n)), name) for n in (1, 2))
+        varying = [key for key, value in two.items() if _doubles(one[key], value)]
+        with ExitStack() as files:
+            opened = {k: files.enter_context(_file(folder, k).open("wb")) for k in varying}
+            for index in torch.arange(rows.n_rows).split(CHUNK):
+                arguments = _arguments(network, rows.inputs(index), name)
+                _check(arguments, name)
+                for key, file in opened.items():
+                    file.write(arguments[key].numpy().tobytes())
+        # Written, not mapped: a mapped file on a full disk kills the process.
+        stored = {key: _mapped(_file(folder, key), rows.n_rows, one[key]) for key in varying}
     except OSError as problem:
         raise OutputError(
             "EQ-7250",
@@ -151,14 +138,14 @@ def capture(network: Network, block: nn.Module, name: str, rows: Rows, folder: P
         ) from problem
     finally:
         handle.remove()
-    if not calls.stored:
+    if not stored:
         raise UnsupportedError(
             "EQ-4243",
             "the block is fed no tensor whose first axis is the batch",
             path=name,
             hint="leave its layers at round-to-nearest",
         )
-    return calls
+    return Calls(stored, {key: value for key, value in one.items() if key not in stored})
 
 
 class _Reached(Exception):  # noqa: N818
@@ -186,8 +173,18 @@ def _arguments(network: Network, inputs: Sequence[Tensor], name: str) -> Argumen
     )
 
 
-def _per_row(value: Any, n_rows: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] % n_rows == 0
+def _doubles(one: Any, two: Any) -> bool:
+    """Whether the first axis of an argument is the batch: twice as long for twice the rows."""
+    return isinstance(one, Tensor) and one.dim() > 0 and two.shape[0] == 2 * one.shape[0] > 0
+
+
+def _file(folder: Path, key: int | str) -> Path:
+    return folder / f"{key}.bin"
+
+
+def _mapped(file: Path, n_rows: int, one: Tensor) -> NDArray[Any]:
+    """The values of all rows, each shaped as the argument of one row."""
+    return np.memmap(file, one.numpy().dtype, mode="r", shape=(n_rows, *one.shape))
 
 
 def _check(arguments: Arguments, name: str) -> None:

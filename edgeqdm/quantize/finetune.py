@@ -42,9 +42,9 @@ from edgeqdm.quantize.quantizer import check_plan
 from edgeqdm.quantize.settings import ANY, COUNT, POSITIVE, check_fields
 from edgeqdm.quantize.soft import SoftNetwork, harden, soften
 from edgeqdm.quantize.soft_activations import TabledQuantizer
-from edgeqdm.quantize.soft_temporal import FedNetwork, generator_of
+from edgeqdm.quantize.soft_temporal import FedNetwork, FedQuantizer, generator_of
 from edgeqdm.quantize.soft_weights import FixedWeight, LearnedWeight
-from edgeqdm.quantize.tdq import ScaleGenerator
+from edgeqdm.quantize.tdq import ScaleGenerator, check_generator
 
 HELD_OUT = 10
 """One run in so many is not trained on but decides whether the result is better."""
@@ -59,8 +59,10 @@ CHUNK = 32
 """Samples evaluated together."""
 INSIDE = 0.49
 """How far a weight may start from the whole number of its code; rounding moves at 0.5."""
-_FROZEN = (nn.Linear, nn.Conv2d, nn.Embedding)
-"""Layers of the float remainder that keep their values."""
+LEAST_ERROR = 1e-4
+"""Of the largest error of a step: smaller ones count as this, so that steps without any can be."""
+_FROZEN = (nn.Linear, nn.Conv2d, nn.Embedding, FedQuantizer)
+"""Layers of the float remainder, which keep their values, and scales that come from a network."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,9 @@ def finetune(
         progress: called after every iteration with (iterations done, iterations expected).
 
     Raises:
-        InputError: if the plan or the trajectories belong to another model or sampler, or no
-            activation is temporal where `settings.temporal`.
+        InputError: if the plan, the trajectories or the networks belong to another model or
+            sampler, no activation is temporal where `settings.temporal`, or there is no error to
+            learn from.
         NumericalError: if the loss is NaN or Inf; names the iteration.
         UnsupportedError: see `soften`.
         StorageError: if the state in `work` is damaged or was edited.
@@ -172,6 +175,8 @@ def finetune(
     """
     check_plan(denoiser, plan)
     _check_trajectories(denoiser, trajectories)
+    if generator is not None:
+        check_generator(generator, parameters)
     chance = torch.Generator().manual_seed(seed)
     held_out, trained = _split(trajectories.n_runs, chance)
     lesson = _Lesson.of(denoiser, trajectories)
@@ -183,6 +188,15 @@ def finetune(
             path=denoiser.info.name,
             hint="quantize again, or leave more layers in fp32",
         )
+    least = LEAST_ERROR * float(first.max())
+    if least == 0:
+        raise InputError(
+            "EQ-3270",
+            "the quantized network already returns what the float one does",
+            path="plan",
+            hint="training is for plans with fewer bits",
+        )
+    first = first.clamp(min=least)
     lesson = replace(lesson, first=first)
     training = _Training(lesson, plan, parameters, settings, chance, generator)
     file = None
@@ -190,7 +204,8 @@ def finetune(
         file = work / f"finetune-{_key(training, plan, trajectories, seed)}.st"
     training.run(trained, file, progress)
     found, scales = training.result()
-    before, after = _mean(first), _mean(_errors_of(lesson, plan, found, held_out))
+    after_steps = _errors_of(lesson, plan, found, held_out).clamp(min=least)
+    before, after = _mean(first), _mean(after_steps)
     if not after < before:
         found, scales, after = parameters, generator, before
     history = tuple(training.history)
@@ -231,7 +246,7 @@ class _Lesson:
         denoiser: the float model.
         trajectories: its inputs and outputs.
         energy: mean square of the outputs at every step, float32 [S].
-        first: relative error at every step before training, float32 [S].
+        first: relative error at every step before training, float32 [S], above 0.
     """
 
     denoiser: Denoiser
@@ -277,8 +292,8 @@ def _errors_of(
 
 
 def _mean(errors: Tensor) -> float:
-    """Geometric mean; an error of 0 counts as the smallest number there is."""
-    return float(errors.double().clamp(min=torch.finfo(torch.float32).tiny).log().mean().exp())
+    """Geometric mean."""
+    return float(errors.double().log().mean().exp())
 
 
 class CodedWeight(LearnedWeight):
@@ -365,6 +380,9 @@ class _Training:
     def _choose(self, plan: DeploymentPlan) -> dict[str, nn.Parameter]:
         """Parameters that learn, by name; the gradients of all others are switched off."""
         named = dict(_learnable(self.soft))
+        # A network made for inference may have been given to us with its gradients switched off.
+        for parameter in named.values():
+            parameter.requires_grad_(True)
         fixed = self._before_tables(plan, named)
         named = {name: value for name, value in named.items() if name not in fixed}
         self.soft.requires_grad_(False)
@@ -408,7 +426,7 @@ class _Training:
         if self._fed is not None:
             self._fed.feed()
         errors = self._lesson.errors(self.soft, runs[drawn], steps)
-        loss = (errors / self._lesson.first[steps].clamp(min=torch.finfo(errors.dtype).tiny)).mean()
+        loss = (errors / self._lesson.first[steps]).mean()
         self._optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._learnable.values(), LARGEST_GRADIENT)
@@ -455,8 +473,7 @@ def _learnable(soft: SoftNetwork) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, module in network_of(soft.module).named_modules():
         if not isinstance(module, _FROZEN):
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    yield f"{prefix}.{name}", parameter
+                yield f"{prefix}.{name}", parameter
 
 
 def _key(training: _Training, plan: DeploymentPlan, trajectories: Trajectories, seed: int) -> str:

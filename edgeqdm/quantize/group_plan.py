@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from edgeqdm import __version__
 from edgeqdm.calibrate.observe import LayerObservation
 from edgeqdm.calibrate.select import Selection
-from edgeqdm.calibrate.trajectories import Progress
+from edgeqdm.calibrate.trajectories import Progress, checksum
 from edgeqdm.errors import InputError
 from edgeqdm.ir.codec import digest
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment
@@ -106,13 +107,12 @@ def plan_groups(
         )
     price = _prices(denoiser, grouped, cost)
     names = [assignment.layer for assignment in grouped]
-    score = fitness or partial(
-        output_error,
-        denoiser,
-        _all_sizes(denoiser, plan, observations, names, settings.choices),
-        selection,
-    )
-    key = hashlib.sha256(f"{digest(plan)} {selection.key()} {cost}".encode()).hexdigest()
+    score, asked = fitness, ""
+    if score is None:
+        parameters = _all_sizes(denoiser, plan, observations, names, settings.choices)
+        score = partial(output_error, denoiser, parameters, selection)
+        asked = f"{__version__} {digest(denoiser.program)} {checksum(parameters.tensors())}"
+    key = hashlib.sha256(f"{asked} {digest(plan)} {selection.key()} {cost}".encode()).hexdigest()
     result = search_group_sizes(
         names,
         price,

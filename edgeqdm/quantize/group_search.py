@@ -55,7 +55,7 @@ class GroupSearchSettings:
         InputError: EQ-3235, names the field.
     """
 
-    choices: tuple[int, ...] = (16, 32, 64, 128, 192, 256)
+    choices: tuple[int, ...] = (16, 32, 64, 128, 256)
     population: int = 50
     elite: int = 10
     mutations: int = 25

@@ -103,3 +103,16 @@ class Parameters:
     layers: Mapping[Variant, LayerParameters]
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     floats: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that codes and scales are made of, by name; for a fingerprint."""
+        found = {f"float {name}": tensor for name, tensor in self.floats.items()}
+        for variant, mine in self.layers.items():
+            weight = {"codes": mine.weight.codes, "scale": mine.weight.scale}
+            weight["zero_point"] = mine.weight.zero_point
+            found |= {f"{variant} weight {k}": v for k, v in weight.items() if v is not None}
+            for side, scales in (("input", mine.activation), ("output", mine.output)):
+                if scales is not None:
+                    found[f"{variant} {side} scale"] = scales.scale
+                    found[f"{variant} {side} zero_point"] = torch.tensor(scales.zero_point)
+        return found

@@ -13,6 +13,7 @@ ENDS_REASON = {
     "input": "first layer, its rounding error reaches every other layer",
     "output": "last layer, its rounding error reaches the sample undamped",
 }
+FINE_BITS = 8
 FINE_REASON = "finest resolution of the body, few weights used at many positions"
 
 
@@ -108,9 +109,10 @@ def _assignment(
     activation: ActivationPolicy | None,
 ) -> LayerAssignment:
     if layer.role == "body":
-        chosen = _for_kind(layer.kind, _widened(body) if fine else body)
+        wanted = _widened(body) if fine else body
+        chosen = _for_kind(layer.kind, wanted)
         policy = activation if activation in chosen.policies else None
-        reason = f"{chosen}: {FINE_REASON if fine else 'body of the network'}"
+        reason = f"{chosen}: {'body of the network' if wanted == body else FINE_REASON}"
         return LayerAssignment(layer=layer.name, precision=chosen, activation=policy, reason=reason)
     if layer.role == "embedding":
         chosen = TABLE if layer.name in tables else _for_kind(layer.kind, embedding)
@@ -121,9 +123,9 @@ def _assignment(
 
 
 def _widened(precision: Precision) -> Precision:
-    if not precision.coded or precision.weight_bits >= 8:
+    if not precision.coded or precision.weight_bits >= FINE_BITS:
         return precision
-    return _coded(8, precision.group_size, precision.activation_bits, precision.dynamic)
+    return _coded(FINE_BITS, precision.group_size, precision.activation_bits, precision.dynamic)
 
 
 def _for_kind(kind: LayerKind, precision: Precision) -> Precision:

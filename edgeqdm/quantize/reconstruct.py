@@ -3,8 +3,9 @@
     loss = error(block output) / its first value
          + inner_weight * sum of error(inner layer outputs) / its first value
 
-An error is the squared difference from the float network relative to its mean square, so that wide
-layers, long token sequences and noisy steps weigh alike. First values are those of the given
+An error is the squared difference from the float network relative to its mean square, sample by
+sample, so that wide layers, long token sequences and all steps weigh alike: mean squares of a
+block's output differ up to 300 times between steps. First values are those of the given
 rounding: a residual connection adds to the mean square of a block's output what none of its layers
 can change, and next to it the inner errors alone would decide.
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from edgeqdm import __version__
 from edgeqdm.calibrate.select import Selection
 from edgeqdm.calibrate.trajectories import Progress, checksum, load_tensors, save_tensors
-from edgeqdm.errors import InputError, NumericalError
+from edgeqdm.errors import InputError, NumericalError, OutputError
 from edgeqdm.ir.codec import digest
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.models.denoiser import Denoiser, first_tensor
@@ -61,7 +62,7 @@ from edgeqdm.quantize.soft import (
 from edgeqdm.quantize.soft_activations import TabledQuantizer
 from edgeqdm.quantize.soft_temporal import FedNetwork, FedQuantizer
 from edgeqdm.quantize.soft_weights import FixedWeight, RoundedWeight
-from edgeqdm.quantize.tdq import ScaleGenerator
+from edgeqdm.quantize.tdq import ScaleGenerator, check_generator
 
 HELD_OUT = 10
 """One sample in so many is not trained on but decides whether the result is better."""
@@ -72,6 +73,8 @@ weights are then still undecided at the end, and hardening them undoes what was 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 MIXED_INPUT = 0.5
 """Probability that an element of a block's input comes from the float network."""
+LEAST_ENERGY = 1e-3
+"""Of the mean over samples: the error of one with less is relative to this."""
 TIMED = 3
 """Iterations after which the time of one is known."""
 
@@ -203,7 +206,8 @@ def reconstruct(
         progress: called after every block.
 
     Raises:
-        InputError: if there are fewer than 2 samples or the selection does not fit the sampler.
+        InputError: if there are fewer than 2 samples, the selection does not fit the sampler, or
+            the networks do not fit the tables.
         NumericalError: if a block is fed NaN or Inf, or its error becomes so; names it.
         UnsupportedError: see `soften` and `capture`.
         StorageError: if a finished block in `work` is damaged or was edited.
@@ -211,6 +215,8 @@ def reconstruct(
     """
     settings = settings or ReconstructionSettings()
     _check_selection(denoiser, selection)
+    if generator is not None:
+        check_generator(generator, parameters)
     blocks = find_blocks(denoiser, tuple(coded_variants(plan)))
     soft = soften(denoiser, plan, parameters, weight=FixedWeight)
     key = _key(denoiser, plan, parameters, selection, settings, seed, generator)
@@ -230,6 +236,8 @@ def reconstruct(
                 finished = _reconstruct_block(context, block, parameters, mine, chance, clock)
                 if work is not None:
                     _save(finished, file)
+            else:
+                clock.spend(finished.report.seconds)
             parameters = replace(parameters, layers={**parameters.layers, **finished.layers})
             if generator is not None and finished.generator is not None:
                 generator = generator.with_part(finished.generator)
@@ -278,6 +286,11 @@ class _Deadline:
         now = time.process_time()
         return now + max(0.0, self._end - now) * macs / max(self._macs, 1)
 
+    def spend(self, seconds: float) -> None:
+        """Counts what an earlier call has spent on a finished block."""
+        if self._end is not None:
+            self._end -= seconds
+
     def finish(self, macs: int) -> None:
         self._macs -= macs
 
@@ -310,14 +323,15 @@ def _key(
     seed: int,
     generator: ScaleGenerator | None,
 ) -> str:
-    chosen = sorted(asdict(replace(settings, minutes=None)).items())
+    # With its budget: a block that was cut short must not stand in for a whole one.
+    chosen = sorted(asdict(settings).items())
     whole = (
         __version__,
         digest(plan),
         digest(denoiser.program),
         digest(denoiser.guidance),
         selection.key(),
-        checksum(_tensors_of(parameters)),
+        checksum(parameters.tensors()),
         None if generator is None else checksum(generator.tensors()),
         chosen,
         seed,
@@ -337,21 +351,6 @@ def _tables_of(plan: DeploymentPlan, block: Block) -> list[str]:
 
 def _block_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:7], "big")
-
-
-def _tensors_of(parameters: Parameters) -> dict[str, Tensor]:
-    found = {f"float {name}": tensor for name, tensor in parameters.floats.items()}
-    for variant, mine in parameters.layers.items():
-        found |= {f"{variant} {name}": tensor for name, tensor in _learnable(mine).items()}
-        for name in ("scale", "zero_point"):
-            value = getattr(mine.weight, name)
-            if value is not None:
-                found[f"{variant} weight {name}"] = value
-        for name in ("activation", "output"):
-            scales = getattr(mine, name)
-            if scales is not None:
-                found[f"{variant} {name} zero_point"] = torch.tensor(scales.zero_point)
-    return found
 
 
 def _learnable(mine: LayerParameters) -> dict[str, Tensor]:
@@ -458,9 +457,8 @@ def _reconstruct_block(
 @contextmanager
 def _captured(context: _Context, block: Block) -> Iterator[tuple[Calls, Calls]]:
     """Calls of the block in the float network and in the quantized one; removed at the end."""
-    context.folder.parent.mkdir(parents=True, exist_ok=True)
     soft, module = context.soft, context.denoiser.module
-    with tempfile.TemporaryDirectory(prefix=context.folder.name, dir=context.folder.parent) as here:
+    with _scratch(context.folder) as here:
         yield (
             capture(
                 as_network(module, soft.timesteps),
@@ -477,6 +475,23 @@ def _captured(context: _Context, block: Block) -> Iterator[tuple[Calls, Calls]]:
                 Path(here, "quantized"),
             ),
         )
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[str]:
+    """A folder beside finished blocks whose name begins like this one's; removed at the end."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent)
+    except OSError as problem:
+        raise OutputError(
+            "EQ-7252",
+            f"no folder for the inputs of the block can be made: {problem}",
+            path=folder.parent,
+            hint="name another work folder",
+        ) from problem
+    with scratch as here:
+        yield here
 
 
 def _split(rows: Rows, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -505,13 +520,12 @@ class _Task:
     @torch.no_grad()
     def evaluate(self, rows: Tensor) -> float:
         """Relative error of the block's output, fed by the quantized network before it."""
-        error = energy = 0.0
+        errors = []
         for part in rows.split(CHUNK):
             target = self._float_block(self._float_calls.read(part))
             found = self._soft_block(part, self._soft_calls.read(part))
-            error += float((found - target).double().square().sum())
-            energy += float(target.double().square().sum())
-        return error / energy if energy > 0 else error
+            errors.append(_relative_errors(found, target))
+        return float(torch.cat(errors).double().mean())
 
     @torch.no_grad()
     def first_errors(self, rows: Tensor) -> tuple[float, float]:
@@ -582,8 +596,8 @@ class _Task:
             target = self._float_block(original)
         with _outputs(self._context.soft.module, inner) as found:
             output = self._soft_block(drawn, self._mixed(quantized, original))
-        of_block = _relative_error(output, target)
-        of_layers = [_relative_error(found[name], targets[name]) for name in inner]
+        of_block = _relative_errors(output, target).mean()
+        of_layers = [_relative_errors(found[name], targets[name]).mean() for name in inner]
         of_inner = torch.stack([torch.zeros(()), *of_layers]).sum()
         if not bool(torch.isfinite((of_block + of_inner).detach())):
             raise NumericalError(
@@ -625,9 +639,11 @@ class _Task:
         return [part.log_ratio for part in tabled if not isinstance(part, FedQuantizer)]
 
 
-def _relative_error(found: Tensor, target: Tensor) -> Tensor:
-    energy = target.square().mean().clamp(min=torch.finfo(target.dtype).tiny)
-    return (found - target).square().mean() / energy
+def _relative_errors(found: Tensor, target: Tensor) -> Tensor:
+    """Squared error of every sample relative to the target's mean square, [B]."""
+    energy = target.square().flatten(1).mean(1)
+    least = torch.finfo(target.dtype).tiny + LEAST_ENERGY * energy.mean()
+    return (found - target).square().flatten(1).mean(1) / energy.clamp(min=least)
 
 
 def _indecision(alphas: Sequence[Tensor], progress: float) -> Tensor:

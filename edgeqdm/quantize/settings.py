@@ -11,7 +11,13 @@ from edgeqdm.errors import InputError
 ANY = (0.0, math.inf)
 """[low, high) of a field: 0 or more."""
 COUNT = (1.0, math.inf)
+"""A whole number of at least 1."""
 POSITIVE = (sys.float_info.min, math.inf)
+
+
+def _fits(value: float, bounds: tuple[float, float]) -> bool:
+    whole = bounds is not COUNT or isinstance(value, int)
+    return whole and bounds[0] <= value < bounds[1]
 
 
 def check_fields(
@@ -26,7 +32,7 @@ def check_fields(
     wrong = [
         f"{name} {value}"
         for name, value in found.items()
-        if value is not None and not bounds[name][0] <= value < bounds[name][1]
+        if value is not None and not _fits(value, bounds[name])
     ]
     if wrong:
         message = f"out of range: {', '.join(wrong)}"

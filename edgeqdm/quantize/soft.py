@@ -25,7 +25,7 @@ from edgeqdm.quantize.soft_activations import (
     SoftClock,
     TabledQuantizer,
 )
-from edgeqdm.quantize.soft_weights import HalfWeight, RoundedWeight, SoftWeight
+from edgeqdm.quantize.soft_weights import FixedWeight, HalfWeight, RoundedWeight, SoftWeight
 
 
 class SoftLayer(nn.Module):
@@ -126,7 +126,7 @@ def soften(
         plan: precision of every layer.
         parameters: first codes and scales, and tensors that differ from the float model's.
         weight: form of the weights: `RoundedWeight` learns their rounding, `LearnedWeight` weights
-            and scales, `FixedWeight` nothing. Weights in fp16 are a `HalfWeight`, whatever this is.
+            and scales, `FixedWeight` nothing. Weights in fp16 that learn are a `HalfWeight`.
 
     Raises:
         UnsupportedError: if phases store different weights of one layer; names it.
@@ -163,7 +163,7 @@ def put_soft_layers(
         bias = parameters.floats.get(f"{name}.bias", original.bias)
         found = {variant: _parameters_of(variant, parameters) for variant in coded[name]}
         half = next(iter(found)).precision.weight_bits == 16
-        form = HalfWeight if half else weight
+        form = HalfWeight if half and weight is not FixedWeight else weight
         layer = _soft_layer(original, bias, found, coded[name], form, plan.n_steps, soft.clock)
         set_layer(soft.module, name, layer.eval())
 

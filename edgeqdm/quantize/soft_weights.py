@@ -57,12 +57,15 @@ class HalfWeight(SoftWeight):
     """Stored in 16 bits; trained in 32, rounded straight through.
 
     Attributes:
-        weight: float32 parameter.
+        weight: float32 parameter; starts at the given codes, and at the layer's own weight where
+            that rounds to them.
     """
 
     def __init__(self, weight: Tensor, coded: WeightCodes) -> None:
         super().__init__(weight, coded)
-        self.weight = nn.Parameter(weight.detach().clone())
+        own = weight.detach()
+        same = own.to(torch.float16) == coded.codes
+        self.weight = nn.Parameter(torch.where(same, own, coded.dequantized()))
 
     def forward(self) -> Tensor:
         return straight_through(self.weight.to(torch.float16).to(torch.float32), self.weight)

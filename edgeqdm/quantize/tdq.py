@@ -5,7 +5,7 @@ Source: TDQ, https://arxiv.org/abs/2306.02316, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,14 @@ from edgeqdm.errors import InputError
 from edgeqdm.ir.plan import DeploymentPlan, Phase
 from edgeqdm.ir.precision import ActivationPolicy
 from edgeqdm.ir.schedule import SamplerProgram
-from edgeqdm.numerics.ranges import ActivationScales
+from edgeqdm.numerics.ranges import ActivationScales, StepRanges
 from edgeqdm.numerics.temporal import TemporalScales, fit_temporal
-from edgeqdm.quantize.parameters import LayerParameters, Parameters, Variant
+from edgeqdm.quantize.parameters import (
+    LayerParameters,
+    Parameters,
+    Variant,
+    steps_of_variants,
+)
 
 _PREFIX = "generator/"
 
@@ -88,15 +93,17 @@ class ScaleGenerator:
 
 
 def fit_generator(
+    plan: DeploymentPlan,
     timesteps: Sequence[float],
     parameters: Parameters,
     observations: Mapping[str, LayerObservation],
     *,
     seed: int = 0,
 ) -> ScaleGenerator:
-    """Fit one network per temporal table.
+    """Fit one network per temporal table, on the steps at which the plan uses the table.
 
     Args:
+        plan: precision of every layer.
         timesteps: of the sampler that was observed, [S].
         parameters: tables to start from.
         observations: by layer.
@@ -105,12 +112,13 @@ def fit_generator(
     Raises:
         InputError: if no activation is temporal.
     """
+    steps = steps_of_variants(plan)
     found = {
-        f"{side}/{variant}": (scales, getattr(observations[variant.layer], side))
-        for variant, mine in parameters.layers.items()
-        if variant.policy is ActivationPolicy.TEMPORAL
-        for side, scales in (("input", mine.activation), ("output", mine.output))
-        if scales is not None
+        f"{side}/{variant}": (
+            scales,
+            _at_steps(getattr(observations[variant.layer], side), steps[variant]),
+        )
+        for side, variant, scales in _temporal_tables(parameters)
     }
     if not found:
         raise InputError(
@@ -129,6 +137,41 @@ def fit_generator(
         generator=torch.Generator().manual_seed(seed),
     )
     return ScaleGenerator(tuple(found), fitted)
+
+
+def _at_steps(ranges: StepRanges, steps: Sequence[int]) -> StepRanges:
+    """The ranges with zeros at all other steps, which a fit leaves out."""
+    used = torch.zeros_like(ranges.low)
+    used[list(steps)] = 1.0
+    return StepRanges(ranges.samples * used[:, None], ranges.low * used, ranges.high * used)
+
+
+def check_generator(generator: ScaleGenerator, parameters: Parameters) -> None:
+    """Raise unless the networks are those of all temporal tables, no more and no less.
+
+    Raises:
+        InputError: names a table that is too many or missing.
+    """
+    tables = {f"{side}/{variant}" for side, variant, _ in _temporal_tables(parameters)}
+    differing = sorted(tables ^ set(generator.names))
+    if differing:
+        found = "has no network" if differing[0] in tables else "is no temporal table of the plan"
+        raise InputError(
+            "EQ-3271",
+            f"{differing[0]} {found}",
+            path="generator",
+            hint="use the networks that were made with these codes and scales",
+        )
+
+
+def _temporal_tables(
+    parameters: Parameters,
+) -> Iterator[tuple[str, Variant, ActivationScales]]:
+    for variant, mine in parameters.layers.items():
+        if variant.policy is ActivationPolicy.TEMPORAL:
+            for side, scales in (("input", mine.activation), ("output", mine.output)):
+                if scales is not None:
+                    yield side, variant, scales
 
 
 def move_plan(plan: DeploymentPlan, old: SamplerProgram, new: SamplerProgram) -> DeploymentPlan:

@@ -150,3 +150,31 @@ def test_layers_of_the_finest_resolution_are_most_reused(tmp_path: Path) -> None
 
 def test_a_transformer_has_one_resolution(tmp_path: Path) -> None:
     assert most_reused(loaded(tiny.write_tiny_dit, tmp_path), 0.9) == ()
+
+
+class Attention(nn.Module):
+    """Named like a block, and never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Conv2d(4, 4, 1)
+
+
+class CallsParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.last = Attention(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        y: Tensor = self.last(self.attn.to_q(x))
+        return y
+
+
+def test_a_block_that_is_never_called_is_none() -> None:
+    example = (torch.zeros(1, 4, 8, 8), torch.zeros(1))
+    denoiser = wrap(CallsParts(), DDPMScheduler(clip_sample=False), example, steps=2)
+    found = find_blocks(denoiser, ("attn.to_q", "last"))
+    assert [(block.name, block.layers) for block in found] == [
+        ("attn.to_q", ("attn.to_q",)),
+        ("last", ("last",)),
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgeqdm.calibrate.select import Selection, select
 from edgeqdm.calibrate.trajectories import collect_trajectories
-from edgeqdm.errors import NumericalError, UnsupportedError
+from edgeqdm.errors import NumericalError, OutputError, UnsupportedError
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.quantize.capture import Rows, call, capture
 from edgeqdm.testing import tiny
@@ -60,14 +60,14 @@ class Inner(nn.Module):
 class Outer(nn.Module):
     """Calls a block with tokens folded into the batch and all kinds of arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Tensor | None = None) -> None:
         super().__init__()
-        self.block, self.after = Inner(), 0
+        self.block, self.after, self.mask = Inner(), 0, mask
 
     def forward(self, x: Tensor, steps: Tensor, labels: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2).flatten(0, 1)
         y: Tensor = self.block(
-            tokens, 2.0, bias=labels.float()[:, None].repeat_interleave(64, 0), mask=None
+            tokens, 2.0, bias=labels.float()[:, None].repeat_interleave(64, 0), mask=self.mask
         )
         self.after += 1
         return y
@@ -76,7 +76,7 @@ class Outer(nn.Module):
 def test_captured_arguments_repeat_the_call(tmp_path: Path) -> None:
     denoiser = small(2.0)
     rows = Rows.of(denoiser, selection_of(denoiser, per_step=4))
-    network = Outer()
+    network = Outer(torch.ones(rows.n_rows))
     calls = capture(network, network.block, "block", rows, tmp_path / "made")
     assert network.after == 0, "the network is left as soon as the block is reached"
     chosen = torch.tensor([5, 0, 20])
@@ -89,7 +89,7 @@ def test_captured_arguments_repeat_the_call(tmp_path: Path) -> None:
     arguments = calls.read(chosen)
     assert torch.equal(arguments[0], seen["x"])
     assert torch.equal(arguments["bias"], seen["bias"])
-    assert calls.constant == {1: 2.0, "mask": None}
+    assert calls.constant == {1: 2.0, "mask": network.mask}, "the batch is what grows with it"
     assert torch.equal(call(network.block, arguments), expected)
 
 
@@ -123,3 +123,17 @@ def test_block_that_cannot_be_captured_is_named(
     with pytest.raises(error) as caught:
         capture(network, network.block, "mid.block", rows, tmp_path)
     assert (caught.value.code, caught.value.path) == (code, "mid.block")
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    denoiser = small(2.0)
+    network, rows = Outer(), Rows.of(denoiser, selection_of(denoiser))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OutputError) as caught:
+            capture(network, network.block, "block", rows, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.code, caught.value.path) == ("EQ-7250", str(tmp_path))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from edgeqdm.quantize.plans import default_plan
 from edgeqdm.quantize.quantizer import assemble, initialise
 from edgeqdm.quantize.soft import soften
 from edgeqdm.quantize.soft_weights import RoundedWeight
+from edgeqdm.quantize.tdq import fit_generator
 from edgeqdm.testing.conformance import STEPS, small_denoiser
 
 RUNS = 40
@@ -308,8 +311,18 @@ def test_finished_training_is_not_done_again(tmp_path: Path) -> None:
     assert same(again.parameters, first.parameters)
 
 
-def test_budget_of_minutes_ends_training_early_and_anneals() -> None:
+def test_budget_of_minutes_ends_training_early_and_anneals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     denoiser, trajectories = small()
+    rates: list[float] = []
+    set_rates = module._Training._set_rates
+
+    def record(training: module._Training) -> None:
+        set_rates(training)
+        rates.append(training._optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(module._Training, "_set_rates", record)
     plan = plan_of("w4a4")
     settings = replace(FAST, iterations=10**6, minutes=0.005)
     seen: list[tuple[int, int]] = []
@@ -325,6 +338,7 @@ def test_budget_of_minutes_ends_training_early_and_anneals() -> None:
     assert found.seconds >= 60 * 0.005
     assert seen[-1] == (found.iterations, found.iterations)
     assert all(done <= total for done, total in seen)
+    assert rates[-1] < max(rates) / 2
 
 
 @pytest.mark.parametrize("policy", [ActivationPolicy.TEMPORAL, ActivationPolicy.STATIC])
@@ -401,6 +415,7 @@ def test_rates_of_zero_change_nothing() -> None:
     [
         {"iterations": 0},
         {"batch": 0},
+        {"batch": 2.5},
         {"minutes": 0.0},
         {"minutes": math.inf},
         {"minutes": math.nan},
@@ -443,11 +458,13 @@ def test_trajectories_of_another_sampler_are_refused() -> None:
     assert refused(InputError, other).code == "EQ-3268"
 
 
-@pytest.mark.parametrize("body", ["w4g16a8dyn", "w4"])
-def test_networks_of_the_timestep_need_a_temporal_activation(body: str) -> None:
-    plan = default_plan(
-        small()[0].info, "onnxruntime", STEPS, body=Precision("w4"), embedding=Precision("w8")
-    )
+@pytest.mark.parametrize(
+    ("body", "policy"), [("w8", None), ("w4", None), ("w4a8", ActivationPolicy.STATIC)]
+)
+def test_networks_of_the_timestep_need_a_temporal_activation(
+    body: str, policy: ActivationPolicy | None
+) -> None:
+    plan = plan_of(body, policy=policy)
     denoiser, trajectories = small()
     with pytest.raises(InputError) as caught:
         finetune(
@@ -488,3 +505,58 @@ def test_parameters_that_return_nan_are_refused() -> None:
             settings=FAST,
         )
     assert caught.value.code == "EQ-5261"
+
+
+def test_what_is_reported_is_the_error_of_what_is_returned() -> None:
+    """On integers, trained fp16 weights included."""
+    plan = plan_of("w4a4", embedding="fp16")
+    denoiser, trajectories = small()
+    found = finetune(denoiser, plan, started(plan), trajectories, settings=FAST)
+    assert found.improved
+    assert found.loss_after == pytest.approx(held_out_error(plan, found.parameters), rel=1e-3)
+
+
+def test_norms_of_a_network_without_gradients_learn_too() -> None:
+    denoiser, trajectories = small()
+    frozen = copy.deepcopy(denoiser.module).requires_grad_(False)
+    plan = plan_of("w4a4")
+    found, same_one = (
+        finetune(each, plan, started(plan), trajectories, settings=FAST).parameters
+        for each in (replace(denoiser, module=frozen), denoiser)
+    )
+    assert "norm.weight" in found.floats
+    assert same(found, same_one)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_steps_without_any_error_can_be_part_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to an error of 0 every other one would be infinite."""
+    errors_of = module._errors_of
+
+    def none_at_first(*arguments: Any) -> Tensor:
+        found = errors_of(*arguments)
+        found[0] = 0.0
+        return found
+
+    monkeypatch.setattr(module, "_errors_of", none_at_first)
+    _, _, found = trained("w4a4")
+    assert all(math.isfinite(loss) for loss in found.history)
+    assert found.improved
+
+
+def test_a_network_without_error_has_nothing_to_learn() -> None:
+    plan = plan_of("fp32", embedding="fp32")
+    denoiser, trajectories = small()
+    with pytest.raises(InputError) as caught:
+        finetune(denoiser, plan, started(plan), trajectories, settings=FAST)
+    assert caught.value.code == "EQ-3270"
+
+
+def test_networks_of_another_plan_are_refused() -> None:
+    denoiser, trajectories = small()
+    timesteps = denoiser.program.timesteps
+    other, plan = plan_of("w8a8"), plan_of("w4a8")
+    generator = fit_generator(other, timesteps, started(other), observed())
+    with pytest.raises(InputError, match=r"is no temporal table|has no network") as caught:
+        finetune(denoiser, plan, started(plan), trajectories, settings=FAST, generator=generator)
+    assert caught.value.code == "EQ-3271"

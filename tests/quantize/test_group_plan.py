@@ -15,13 +15,14 @@ from torch import Tensor
 
 from edgeqdm import stages
 from edgeqdm.calibrate.select import Selection
-from edgeqdm.errors import InputError
+from edgeqdm.errors import InputError, StorageError
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment
 from edgeqdm.ir.precision import FP32, Precision
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer
 from edgeqdm.models.load import load
 from edgeqdm.numerics.grouping import search_grouped
+from edgeqdm.numerics.ranges import StepRanges
 from edgeqdm.quantize.group_plan import (
     GroupPlan,
     layer_tokens,
@@ -338,3 +339,29 @@ def test_counting_tokens_leaves_no_hook_behind() -> None:
     denoiser = small_denoiser(DDIMScheduler(clip_sample=False))
     assert layer_tokens(denoiser, ["mix"]) == {"mix": 64}
     assert not get_layer(denoiser.module, "mix")._forward_hooks
+
+
+def test_scores_of_other_scales_are_not_taken_over(tmp_path: Path) -> None:
+    """The default fitness depends on what the layers saw."""
+    file = tmp_path / "scores.json"
+    options: dict[str, object] = {"fitness": None, "settings": SETTINGS, "file": file}
+    search("w4g64a4", **options)
+    wide = {
+        name: replace(seen, input=widened(seen.input))
+        for name, seen in calibration().observations.items()
+    }
+    with pytest.raises(StorageError) as caught:
+        plan_groups(
+            tiny("dit"),
+            plan_of("w4g64a4"),
+            wide,
+            selection(),
+            uniform=32,
+            settings=SETTINGS,
+            file=file,
+        )
+    assert caught.value.code == "EQ-6235"
+
+
+def widened(ranges: StepRanges) -> StepRanges:
+    return StepRanges(ranges.samples * 50, ranges.low * 50, ranges.high * 50)

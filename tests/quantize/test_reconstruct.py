@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.select import Selection, select
 from edgeqdm.calibrate.trajectories import Trajectories, checksum, collect_trajectories
-from edgeqdm.errors import EdgeqdmError, InputError
+from edgeqdm.errors import EdgeqdmError, InputError, OutputError
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import Precision
 from edgeqdm.models.denoiser import Denoiser, wrap
@@ -35,7 +36,7 @@ from edgeqdm.quantize.soft import harden
 from edgeqdm.quantize.tdq import ScaleGenerator, fit_generator
 
 STEPS = 3
-FAST = ReconstructionSettings(iterations=100, batch=8)
+FAST = ReconstructionSettings(iterations=200, batch=8)
 BRIEF = ReconstructionSettings(iterations=5, batch=4)
 
 
@@ -380,12 +381,54 @@ def test_other_settings_or_seeds_do_not_use_finished_blocks(
     assert len(list(tmp_path.iterdir())) == 2 * n_files
 
 
-def test_time_limit_uses_finished_blocks_and_shortens_others(tmp_path: Path) -> None:
-    limited = ReconstructionSettings(5000, 4, minutes=1e-6)
+def test_time_limit_shortens_and_is_part_of_what_is_resumed(tmp_path: Path) -> None:
+    """What a budget cut short does not stand in for the whole."""
+    limited = ReconstructionSettings(20, 4, minutes=1e-6)
     found = run("w4a8", limited, work=tmp_path)
     assert [block.iterations for block in found.blocks] == [module.TIMED] * 3
-    again = run("w4a8", ReconstructionSettings(5000, 4), work=tmp_path)
-    assert_same(again, found)
+    assert_same(run("w4a8", limited, work=tmp_path), found)
+    whole = run("w4a8", ReconstructionSettings(20, 4), work=tmp_path)
+    assert [block.iterations for block in whole.blocks] == [20] * 3
+
+
+def test_finished_blocks_have_spent_their_part_of_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that goes on gives the rest what is left, not the whole budget again."""
+    settings = replace(FAST, minutes=1.0)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("w4a8", settings, work=tmp_path, progress=stop)
+    load, of_block, left = module._load, module._Deadline.of_block, []
+
+    def load_slow(*arguments: Any) -> Any:
+        found = load(*arguments)
+        return found and replace(found, report=replace(found.report, seconds=57.0))
+
+    def record(clock: module._Deadline, macs: int) -> float:
+        found = of_block(clock, macs)
+        left.append(found - time.process_time())
+        return found
+
+    monkeypatch.setattr(module, "_load", load_slow)
+    monkeypatch.setattr(module._Deadline, "of_block", record)
+    run("w4a8", settings, work=tmp_path)
+    assert len(left) == 2, "the first block was finished"
+    assert 0 < left[0] <= 3.0
+
+
+def test_every_sample_weighs_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, target = torch.randn(2, 5, 3, 4, generator=generator)
+    plain = module._relative_errors(found, target)
+    assert plain[0] == pytest.approx(float((found[0] - target[0]).norm() / target[0].norm()) ** 2)
+    scale = torch.tensor([1.0, 10.0, 0.3, 1.0, 2.0])[:, None, None]
+    torch.testing.assert_close(module._relative_errors(found * scale, target * scale), plain)
+    target[1] = 0.0
+    assert bool(torch.isfinite(module._relative_errors(found, target)).all())
 
 
 def test_result_that_is_no_better_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +462,7 @@ def generated() -> tuple[ScaleGenerator, Parameters]:
     """Networks of the timestep for the tables of `prepared`, and parameters with their tables."""
     plan, parameters, _ = prepared("w4a8")
     seen = observe(toy(), trajectories(1), tuple(a.layer for a in plan.phases[0].layers))
-    generator = fit_generator(toy().program.timesteps, parameters, seen)
+    generator = fit_generator(plan, toy().program.timesteps, parameters, seen)
     return generator, generator.tabulate(parameters, toy().program.timesteps)
 
 
@@ -513,3 +556,11 @@ def test_strange_selections_are_refused() -> None:
         with pytest.raises(EdgeqdmError) as caught:
             reconstruct(toy(), plan, parameters, selection)
         assert caught.value.code == code
+
+
+def test_work_that_is_a_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    with pytest.raises(OutputError) as caught:
+        run("w4a8", FAST, work=file)
+    assert (caught.value.code, caught.value.path) == ("EQ-7252", str(file))

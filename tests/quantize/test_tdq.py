@@ -64,7 +64,9 @@ def searched() -> Parameters:
 @cache
 def fitted() -> ScaleGenerator:
     denoiser, calibration = small()
-    return fit_generator(denoiser.program.timesteps, searched(), calibration.observations)
+    return fit_generator(
+        temporal_plan(), denoiser.program.timesteps, searched(), calibration.observations
+    )
 
 
 @cache
@@ -156,7 +158,7 @@ def test_a_static_table_is_left_alone() -> None:
     denoiser, calibration = small()
     plan = with_policy(temporal_plan(), "mix", ActivationPolicy.STATIC)
     parameters = initialise(denoiser, plan, calibration.observations)
-    found = fit_generator(denoiser.program.timesteps, parameters, calibration.observations)
+    found = fit_generator(plan, denoiser.program.timesteps, parameters, calibration.observations)
     assert {name.split("/")[1] for name in found.names} == {"conv"}
     again = found.tabulate(parameters, (900.0, 10.0))
     shapes = {name.split("/")[1]: table.shape for name, table in scales_of(again).items()}
@@ -208,7 +210,7 @@ def test_a_step_without_samples_has_a_finite_scale_like_its_neighbours(step: int
     """I6: the step takes no part in the fit, the network still answers there."""
     denoiser, calibration = small()
     observations = {k: blinded(v, step) for k, v in calibration.observations.items()}
-    found = fit_generator(denoiser.program.timesteps, searched(), observations)
+    found = fit_generator(temporal_plan(), denoiser.program.timesteps, searched(), observations)
     tabulated = found.tabulate(searched(), denoiser.program.timesteps)
     for name, table in scales_of(tabulated).items():
         assert bool(torch.isfinite(table).all()), name
@@ -223,7 +225,7 @@ def test_fitting_is_repeatable_and_its_seed_counts() -> None:
     parameters = initialise(denoiser, plan, calibration.observations)
     first, again, other = (
         fit_generator(
-            denoiser.program.timesteps, parameters, calibration.observations, seed=seed
+            plan, denoiser.program.timesteps, parameters, calibration.observations, seed=seed
         ).tensors()
         for seed in (0, 0, 1)
     )
@@ -238,7 +240,7 @@ def test_a_plan_without_temporal_activations_is_refused(body: str) -> None:
     plan = with_policy(plan, "conv", ActivationPolicy.STATIC)
     parameters = initialise(denoiser, plan, calibration.observations)
     with pytest.raises(InputError, match="no activation of the plan") as refused:
-        fit_generator(denoiser.program.timesteps, parameters, calibration.observations)
+        fit_generator(plan, denoiser.program.timesteps, parameters, calibration.observations)
     assert (refused.value.code, refused.value.path) == ("EQ-3263", "plan")
 
 
@@ -451,3 +453,32 @@ def test_another_model_or_guidance_is_refused(tmp_path: Path) -> None:
             retabulate(file, other)
         assert refused.value.code == "EQ-3262"
         assert "sampler" not in refused.value.message
+
+
+def test_networks_of_a_width_are_fitted_on_its_steps() -> None:
+    """C9: what a layer saw at steps of other bits says nothing about these."""
+    denoiser, calibration = small()
+    plan = with_activation_bits(temporal_plan(), [4] * 2 + [8] * (STEPS - 2))
+    parameters = initialise(denoiser, plan, calibration.observations)
+    timesteps = denoiser.program.timesteps
+    found = fit_generator(plan, timesteps, parameters, calibration.observations)
+    # Noise in place of what was seen at steps where 4 bits are not used.
+    spoiled = {
+        name: LayerObservation(spoil(seen.input), spoil(seen.output))
+        for name, seen in calibration.observations.items()
+    }
+    again = fit_generator(plan, timesteps, parameters, spoiled)
+    early = [name for name in found.names if "a4" in name]
+    assert early
+    assert len(early) < len(found.names)
+    one, other = found.part(early), again.part(early)
+    assert one is not None
+    assert other is not None
+    changed = {k: v for k, v in one.tensors().items() if not torch.equal(v, other.tensors()[k])}
+    assert not changed
+
+
+def spoil(ranges: StepRanges) -> StepRanges:
+    scale = torch.ones_like(ranges.low)
+    scale[2:] = 30.0
+    return StepRanges(ranges.samples * scale[:, None], ranges.low * scale, ranges.high * scale)
