@@ -305,9 +305,11 @@ def bench(
     with output.working() as progress:
         with stage("load", progress):
             from edgeqdm import pipeline
-            from edgeqdm.emit.writer import write_file_atomically
+            from edgeqdm.emit.writer import check_file_destination, write_file_atomically
             from edgeqdm.ir.codec import dump_record
 
+            if out is not None:
+                check_file_destination(out)
             settings = package_settings(package)
             denoiser = load_model(
                 model or settings.shipped_model(),
@@ -317,6 +319,7 @@ def bench(
                 eta=settings.eta,
                 conditioning=conditioning,
                 online=online,
+                split_skips=settings.split_skips,
             )
         report = pipeline.bench(
             package, model=denoiser, rounds=rounds, images=images, fid=fid, progress=progress

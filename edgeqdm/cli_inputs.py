@@ -11,6 +11,8 @@ from edgeqdm.errors import InputError, ModelError, VerifyError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgeqdm.ir.model import ModelInfo
+    from edgeqdm.ir.package import ScheduleFile
     from edgeqdm.ir.plan import DeploymentPlan
     from edgeqdm.ir.precision import Precision
     from edgeqdm.models.denoiser import Denoiser
@@ -25,12 +27,14 @@ class PackageSettings:
         steps: denoising steps.
         guidance: scale of classifier-free guidance.
         eta: DDIM noise.
+        split_skips: a UNet's skips have layers of their own.
     """
 
     name: str
     steps: int
     guidance: float
     eta: float
+    split_skips: bool
 
     def shipped_model(self) -> str:
         """The model as `load` takes it; raises InputError if it does not come with edgeqdm."""
@@ -51,24 +55,49 @@ def package_settings(package: Path) -> PackageSettings:
 
     Raises:
         InputError: if the folder is no package.
-        VerifyError: if its files are damaged.
+        VerifyError: if its files are damaged or were changed.
     """
+    from edgeqdm.emit.integrity import check_files
     from edgeqdm.ir.codec import read_record
-    from edgeqdm.ir.package import Manifest, ScheduleFile
+    from edgeqdm.ir.package import ScheduleFile
 
-    manifest = package / "manifest.json"
-    if not manifest.exists():
+    if not (package / "manifest.json").exists():
         raise InputError(
             "EQ-3801", "not a package: no manifest.json", path=package, hint="give a package folder"
         )
-    name = read_record(manifest, Manifest, error=VerifyError).model.name
-    schedule = read_record(package / "schedule.json", ScheduleFile, error=VerifyError)
+    model, file = check_files(package).model, package / "schedule.json"
+    schedule = read_record(file, ScheduleFile, error=VerifyError)
     return PackageSettings(
-        name=name,
-        steps=int(schedule.program.settings["steps"] or 0),
+        name=model.name,
+        steps=int(_setting(schedule, "steps", file, least=1)),
         guidance=schedule.guidance,
-        eta=float(schedule.program.settings.get("eta") or 0.0),
+        eta=_setting(schedule, "eta", file, least=0),
+        split_skips=_skips_are_split(model),
     )
+
+
+def _setting(schedule: ScheduleFile, name: str, file: Path, *, least: int) -> float:
+    """A number among the sampler's settings, which may hold anything in a changed package."""
+    from edgeqdm.ir.codec import describe
+
+    found = schedule.program.settings.get(name)
+    kinds = int if name == "steps" else (int, float)
+    if isinstance(found, bool) or not isinstance(found, kinds) or not found >= least:
+        raise VerifyError(
+            "EQ-8801",
+            f"program.settings.{name} is {describe(found)}, not a number from {least} up",
+            path=file,
+            hint="the package was changed by hand: emit it again",
+        )
+    return found
+
+
+def _skips_are_split(model: ModelInfo) -> bool:
+    """Whether the layers are those that `edgeqdm.models.split` makes, in pairs."""
+    names = {layer.name for layer in model.layers}
+    ends = (".hidden", ".skip")
+    halves = [{x.removesuffix(end) for x in names if x.endswith(end)} for end in ends]
+    return bool(halves[0] & halves[1])
 
 
 def load_model(

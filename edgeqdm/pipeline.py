@@ -30,7 +30,7 @@ from edgeqdm.bench.compare import (
     uncorrected,
 )
 from edgeqdm.bench.picture import side_by_side
-from edgeqdm.bench.quality import check_fid_images
+from edgeqdm.bench.quality import check_fid, check_fid_images
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend
 from edgeqdm.emit.integrity import check_files
@@ -286,13 +286,15 @@ def bench(
         progress: told of finished work.
 
     Raises:
-        InputError: if the package is of another model, sampler or guidance.
+        InputError: if the package is of another model, sampler or guidance, or its images are too
+            few or not of the kind that feature-FID is defined on.
     """
     folder = Path(package)
     backend = load_backend(_target_of(folder))
     manifest = check_files(folder)
     _require_same_model(manifest, model, folder)
     player = playback.open_player(folder)
+    check_fid(fid, player)
     with tempfile.TemporaryDirectory() as scratch:
         variants = (
             float_variant(model, backend, Path(scratch), player),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 import edgeqdm.models.load
+import edgeqdm.models.split
 from edgeqdm import cli, cli_output, pipeline
 from edgeqdm.cli_inputs import read_embeddings
 from edgeqdm.emit.backend import KernelCount
+from edgeqdm.emit.integrity import seal_manifest
 from edgeqdm.emit.verify import Verification
 from edgeqdm.errors import (
     EdgeqdmError,
@@ -33,7 +36,7 @@ from edgeqdm.errors import (
     VerifyError,
 )
 from edgeqdm.ir.codec import dump_record, parse_record
-from edgeqdm.ir.model import Conditioning, Decoder
+from edgeqdm.ir.model import Conditioning, Decoder, LayerInfo, LayerKind, ModelInfo
 from edgeqdm.ir.package import Artifact, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan, Phase
 from edgeqdm.ir.report import BenchReport, BenchRow, Host
@@ -105,6 +108,18 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, arguments)
 
 
+def write_package(
+    folder: Path, schedule: bytes = dump_record(SCHEDULE), model: ModelInfo = MANIFEST.model
+) -> None:
+    """A sealed package of a schedule and nothing else."""
+    folder.mkdir(exist_ok=True)
+    (folder / "schedule.json").write_bytes(schedule)
+    sha256 = hashlib.sha256(schedule).hexdigest()
+    listed = {"schedule.json": Artifact(sha256=sha256, size=len(schedule), role="schedule")}
+    manifest = tiny_manifest(files=listed, model=model)
+    (folder / "manifest.json").write_bytes(seal_manifest(manifest))
+
+
 class Calls(dict[str, dict[str, Any]]):
     """Arguments every replaced function was called with, by name."""
 
@@ -112,10 +127,7 @@ class Calls(dict[str, dict[str, Any]]):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     monkeypatch.chdir(tmp_path)
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "manifest.json").write_bytes(dump_record(MANIFEST))
-    (package / "schedule.json").write_bytes(dump_record(SCHEDULE))
+    write_package(tmp_path / "package")
     found = Calls()
     results = {
         "emit": MANIFEST,
@@ -325,6 +337,64 @@ def test_bench_of_no_package_is_an_input_error(calls: Calls) -> None:
 def test_bench_of_a_damaged_package_is_a_verify_error(calls: Calls, tmp_path: Path) -> None:
     (tmp_path / "package" / "schedule.json").write_text("{")
     assert call("bench", "package").exit_code == 8
+
+
+@pytest.mark.parametrize("data", [b"{}", dump_record(SCHEDULE).replace(b"0.5", b"0.7")])
+def test_bench_of_an_edited_package_is_a_verify_error(
+    calls: Calls, tmp_path: Path, data: bytes
+) -> None:
+    (tmp_path / "package" / "schedule.json").write_bytes(data)
+    result = call("bench", "package", "--quiet")
+    assert (result.exit_code, result.stderr[:15]) == (8, "error[EQ-8110]:")
+    assert "load" not in calls
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"eta": 0.5}, "steps is null"),
+        ({"eta": 0.5, "steps": "3"}, 'steps is "3"'),
+        ({"eta": 0.5, "steps": 3.5}, "steps is 3.5"),
+        ({"eta": 0.5, "steps": True}, "steps is true"),
+        ({"eta": 0.5, "steps": 0}, "steps is 0"),
+        ({"steps": 3}, "eta is null"),
+        ({"eta": "much", "steps": 3}, 'eta is "much"'),
+        ({"eta": -1.0, "steps": 3}, "eta is -1.0"),
+    ],
+)
+def test_bench_of_a_package_with_other_settings_is_a_verify_error(
+    calls: Calls, tmp_path: Path, settings: dict[str, Any], found: str
+) -> None:
+    """Sealed again by whoever changed it, so that no hash tells."""
+    program = PROGRAM.model_copy(update={"settings": settings})
+    data = dump_record(SCHEDULE.model_copy(update={"program": program}))
+    write_package(tmp_path / "package", data)
+    result = call("bench", "package", "--quiet")
+    assert result.exit_code == 8
+    assert result.stderr.startswith(f"error[EQ-8801]: program.settings.{found}, not a number from")
+    assert "schedule.json" in result.stderr
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_bench_splits_the_model_of_a_package_with_split_skips(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: bool
+) -> None:
+    names = ("up.conv1.hidden", "up.conv1.skip") if split else ("up.skip", "other.hidden")
+    layers = tuple(
+        LayerInfo(name=name, kind=LayerKind.CONV2D, weight_shape=(1, 1, 1, 1), role="body")
+        for name in names
+    )
+    write_package(tmp_path / "package", model=MANIFEST.model.model_copy(update={"layers": layers}))
+    monkeypatch.setattr(edgeqdm.models.split, "split_skips", lambda found: f"{found}, split")
+    assert call("bench", "package").exit_code == 0
+    assert calls["bench"]["model"] == ("the denoiser, split" if split else "the denoiser")
+
+
+def test_bench_report_that_cannot_be_written_is_refused_first(calls: Calls, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    result = call("bench", "package", "-o", "there", "--quiet")
+    assert (result.exit_code, result.stderr[:15]) == (7, "error[EQ-7103]:")
+    assert not calls
 
 
 def test_demo_names_package_and_picture(calls: Calls) -> None:

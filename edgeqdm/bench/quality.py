@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from edgeqdm.emit import playback
 from edgeqdm.errors import InputError, NumericalError
 from edgeqdm.models.reference.classifier import FEATURES, GarmentClassifier
 
 SQNR_CAP_DB = 300.0
 FEATURE_BATCH = 250
+GARMENT_SHAPE = (32, 32, 1)
+"""[H, W, channels] of the only images that feature-FID is defined on."""
 
 
 def sqnr_db(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
@@ -67,12 +70,7 @@ def _classifier() -> tuple[GarmentClassifier, NDArray[np.float64], NDArray[np.fl
 
 
 def _as_images(pixels: NDArray[np.uint8]) -> Tensor:
-    if pixels.shape[1:] != (32, 32, 1):
-        raise InputError(
-            "EQ-3601",
-            f"feature-FID is defined on 32 x 32 grey garments, these images are {pixels.shape[1:]}",
-            hint="leave the option out for this model",
-        )
+    _check_shape(pixels.shape[1:])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
@@ -86,6 +84,24 @@ def garment_features(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float64], ND
         features.append(found.double().numpy())
         labels.append(network.head(found).argmax(1).numpy())
     return np.concatenate(features), np.concatenate(labels)
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if shape != GARMENT_SHAPE:
+        raise InputError(
+            "EQ-3601",
+            f"feature-FID is defined on 32 x 32 grey garments, these images are {shape}",
+            path="fid",
+            hint="leave the option out for this model",
+        )
+
+
+def check_fid(n_images: int, player: playback.Player) -> None:
+    """Raise the InputError that `feature_fid` would of these many images, before any is drawn."""
+    check_fid_images(n_images)
+    if n_images:
+        blank = np.zeros((1, *player.sample_shape), np.float32)
+        _check_shape(playback.decode(player, blank).shape[1:])
 
 
 def check_fid_images(n_images: int) -> None:

@@ -161,6 +161,15 @@ def staged_package(out: Path, *, force: bool = False, need_bytes: int = 0) -> It
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_file_destination(path: Path) -> None:
+    """Raise the OutputError that `write_file_atomically` would, before hours of work.
+
+    Missing parents of `path` are created.
+    """
+    with _output_errors(path, 0):
+        _resolve_file(path)
+
+
 def write_file_atomically(path: Path, data: bytes) -> None:
     """Writes one file, a report or picture; a file of that name is replaced in one step.
 
@@ -168,11 +177,7 @@ def write_file_atomically(path: Path, data: bytes) -> None:
         OutputError: the file cannot be written, or `path` is a link, folder or device.
     """
     with _output_errors(path, len(data)):
-        parent, name = _resolve(path)
-        _sweep(parent, name)
-        kind = _kind(parent / name)
-        if kind not in (None, stat.S_IFREG):
-            raise OutputError("EQ-7103", f"exists and is {file_kind(kind)}", path=path)
+        parent, name = _resolve_file(path)
         _check_space(parent, len(data))
         with _temporary_name(name) as temporary:
             try:
@@ -194,6 +199,16 @@ def _resolve(out: Path) -> tuple[Path, str]:
     _make_folders(parent)
     _kind(parent / out.name)  # raises now, not after hours of work, where the name is too long
     return parent, out.name
+
+
+def _resolve_file(path: Path) -> tuple[Path, str]:
+    """The same for one file, which may replace a file and nothing else."""
+    parent, name = _resolve(path)
+    _sweep(parent, name)
+    kind = _kind(parent / name)
+    if kind not in (None, stat.S_IFREG):
+        raise OutputError("EQ-7103", f"exists and is {file_kind(kind)}", path=path)
+    return parent, name
 
 
 def _make_folders(folder: Path) -> None:

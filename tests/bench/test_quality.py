@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,12 +11,14 @@ from hypothesis import strategies as st
 
 from edgeqdm.bench.quality import (
     SQNR_CAP_DB,
+    check_fid,
     feature_fid,
     frechet_distance,
     garment_features,
     label_accuracy,
     sqnr_db,
 )
+from edgeqdm.emit.playback import Player
 from edgeqdm.errors import InputError
 
 
@@ -71,3 +75,18 @@ def test_too_few_images_and_other_shapes_are_refused() -> None:
         feature_fid(np.zeros((64, 32, 32, 1), np.uint8))
     with pytest.raises(InputError, match="32 x 32 grey"):
         feature_fid(np.zeros((70, 16, 16, 1), np.uint8))
+
+
+def player(factor: int) -> Player:
+    table: Any = None
+    decoder = {"kind": "pixel_shuffle", "factor": factor}
+    return Player(table, 1.0, {"kind": "none"}, decoder, (4, 16, 16), (), None, ())
+
+
+def test_the_same_is_refused_before_any_image_is_drawn() -> None:
+    check_fid(65, player(factor=2))
+    check_fid(0, player(factor=1))
+    with pytest.raises(InputError, match="at least 65"):
+        check_fid(64, player(factor=2))
+    with pytest.raises(InputError, match=r"32 x 32 grey garments, these images are \(16, 16, 4\)"):
+        check_fid(65, player(factor=1))

@@ -17,7 +17,12 @@ import pytest
 
 from edgeqdm.emit import writer
 from edgeqdm.emit.integrity import check_files, seal_manifest
-from edgeqdm.emit.writer import Staging, staged_package, write_file_atomically
+from edgeqdm.emit.writer import (
+    Staging,
+    check_file_destination,
+    staged_package,
+    write_file_atomically,
+)
 from edgeqdm.errors import OutputError
 from edgeqdm.ir.codec import dump_record
 from edgeqdm.testing.manifests import tiny_manifest
@@ -655,6 +660,8 @@ def test_a_report_replaces_nothing_but_a_file(
     occupy(tmp_path / "report")
     with pytest.raises(OutputError, match="EQ-7103"):
         write_file_atomically(tmp_path / "report", b"")
+    with pytest.raises(OutputError, match="EQ-7103"):
+        check_file_destination(tmp_path / "report")
     assert names(tmp_path) == {"report"}
 
 

@@ -95,6 +95,22 @@ def test_bench_refuses_a_model_with_another_sampler(package: Path, denoiser: Den
         pipeline.bench(package, model=other, rounds=1, images=1)
 
 
+@pytest.mark.parametrize(("fid", "code"), [(64, "EQ-3602"), (65, "EQ-3601")])
+def test_bench_refuses_what_feature_fid_is_not_defined_on_before_it_measures(
+    package: Path, denoiser: Denoiser, fid: int, code: str
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(InputError) as caught:
+        pipeline.bench(
+            package,
+            model=denoiser,
+            rounds=1,
+            fid=fid,
+            progress=lambda name, *_: stages.append(name),
+        )
+    assert (caught.value.code, stages) == (code, [])
+
+
 @pytest.mark.parametrize("stage", ["trajectories", "observe", "correct", "emit"])
 def test_an_interrupted_emit_leaves_nothing_and_resumes(
     denoiser: Denoiser, package: Path, tmp_path: Path, stage: str
