@@ -18,9 +18,11 @@ from typer.core import TyperGroup
 
 import edgeqdm
 from edgeqdm import cli_quantize
-from edgeqdm.cli_inputs import load_model, package_settings, read_plan
+from edgeqdm.cli_inputs import load_model, package_settings, read_plan, refuse_idle
 from edgeqdm.cli_options import (
     MAX_SEED,
+    AskedSamples,
+    AskedSeed,
     Embeddings,
     Eta,
     Fid,
@@ -33,9 +35,8 @@ from edgeqdm.cli_options import (
     Package,
     Plan,
     Quiet,
-    Samples,
     Scheduler,
-    Seed,
+    SplitSkips,
     Steps,
     Target,
     Verbose,
@@ -155,9 +156,10 @@ def emit(
     steps: Steps = 20,
     eta: Eta = 0.0,
     guidance: Guidance = None,
-    samples: Samples = 64,
-    seed: Seed = 0,
+    samples: AskedSamples = None,
+    seed: AskedSeed = None,
     plan: Plan = None,
+    split_skips: SplitSkips = False,
     no_correct: NoCorrect = False,
     conditioning: Embeddings = None,
     work: Work = None,
@@ -180,6 +182,9 @@ def emit(
             from edgeqdm import pipeline
             from edgeqdm.quantize.store import skips_are_split
 
+            if quantized is not None:
+                asked = {"--split-skips": split_skips or None}
+                refuse_idle(asked, "beside --quantized", hint="leave it out: the file remembers")
             chosen = None if plan is None else read_plan(plan)
             denoiser = load_model(
                 model,
@@ -189,7 +194,7 @@ def emit(
                 eta=eta,
                 conditioning=conditioning,
                 online=online,
-                split_skips=quantized is not None and skips_are_split(quantized),
+                split_skips=split_skips if quantized is None else skips_are_split(quantized),
             )
         manifest = pipeline.emit(
             denoiser,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +99,20 @@ def _skips_are_split(model: ModelInfo) -> bool:
     ends = (".hidden", ".skip")
     halves = [{x.removesuffix(end) for x in names if x.endswith(end)} for end in ends]
     return bool(halves[0] & halves[1])
+
+
+def refuse_idle(options: Mapping[str, object], where: str, *, hint: str) -> None:
+    """Raise InputError if one of these options is given, because it would do nothing there.
+
+    Args:
+        options: value by name; None where it is not given.
+        where: what makes them idle: `beside --plan`, `without --reconstruct`.
+        hint: what to do instead.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        message = f"{' and '.join(given)} would do nothing {where}"
+        raise InputError("EQ-3806", message, path=given[0], hint=hint)
 
 
 def load_model(

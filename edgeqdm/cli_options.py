@@ -41,6 +41,14 @@ Guidance = Annotated[
 ]
 Samples = Annotated[int, typer.Option(metavar="N", min=1, help="Calibration trajectories.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Of the calibration.")]
+AskedSamples = Annotated[
+    int | None,
+    typer.Option("--samples", metavar="N", min=1, help="Calibration trajectories; default 64."),
+]
+AskedSeed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", min=0, max=MAX_SEED, help="Of the calibration; default 0."),
+]
 Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="Precision of every layer.")]
 Embeddings = Annotated[
     Path | None,

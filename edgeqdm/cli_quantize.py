@@ -269,7 +269,7 @@ def retabulate(
     """Make a quantized model fit other steps or another sampler, without calibrating again.
 
     Its scales must come from networks of the timestep (quantize --mlp). The correction of the
-    sampler belongs to the old steps and is left out.
+    sampler belongs to the old steps and is left out; emit measures one for the new steps.
 
     \b
     edgeqdm retabulate reference:unet-fmnist unet.safetensors -o unet50.safetensors --steps 50

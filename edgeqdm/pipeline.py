@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +33,7 @@ from edgeqdm.bench.compare import (
 )
 from edgeqdm.bench.picture import side_by_side
 from edgeqdm.bench.quality import check_fid, check_fid_images
+from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend
 from edgeqdm.emit.integrity import check_files
@@ -55,7 +58,7 @@ from edgeqdm.models.load import load
 from edgeqdm.quantize import quantizer
 from edgeqdm.quantize.plans import float_plan
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
-from edgeqdm.quantize.store import load_quantized
+from edgeqdm.quantize.store import Stored, load_quantized
 from edgeqdm.stages import (
     DEFAULT_SAMPLES,
     DEFAULT_TARGET,
@@ -79,6 +82,8 @@ from edgeqdm.stages import (
 )
 
 __all__ = [
+    "DEFAULT_SAMPLES",
+    "DEFAULT_TARGET",
     "Calibration",
     "Method",
     "Quantization",
@@ -112,8 +117,8 @@ def emit(
     out: str | Path,
     *,
     target: str = DEFAULT_TARGET,
-    samples: int = DEFAULT_SAMPLES,
-    seed: int = 0,
+    samples: int | None = None,
+    seed: int | None = None,
     plan: DeploymentPlan | None = None,
     correction: bool = True,
     quantized: str | Path | None = None,
@@ -127,11 +132,12 @@ def emit(
         denoiser: the float model, from `load` or `wrap`.
         out: folder to create.
         target: name of a backend.
-        samples: calibration trajectories.
-        seed: of the calibration.
+        samples: calibration trajectories; default 64.
+        seed: of the calibration; default 0.
         plan: precision of every layer; default W8A8 for all but first, last and embeddings.
         correction: correct the sampler for the quantization noise (PTQD).
-        quantized: file of `quantize_to_file`, which has done all that already.
+        quantized: file of `quantize_to_file`, which has done all that already; a correction that
+            it does not hold is measured.
         work: folder for finished parts; default a hidden sibling of `out`, removed at the end.
         force: replace a package that is there already.
         progress: told of finished work.
@@ -145,21 +151,82 @@ def emit(
     if quantized is not None and plan is not None:
         message = "a quantized model has its plan in it"
         raise InputError("EQ-3705", message, path="plan", hint="leave the plan or the file out")
-    if quantized is not None:
-        stored = load_quantized(Path(quantized), denoiser)
-        schedule = stored.correction if correction else None
-        return _emit(stored.quantized, schedule, backend, out, force=force, progress=progress)
-    chosen = plan or rule_plan(denoiser, target)
+    stored = None if quantized is None else load_quantized(Path(quantized), denoiser)
+    if stored is not None and (stored.correction is not None or not correction):
+        _refuse_calibration(samples, seed, correction)
+    chosen = plan or (rule_plan(denoiser, target) if stored is None else stored.quantized.plan)
     quantizer.check_plan(denoiser, chosen)
     check_plan(chosen, denoiser.info, backend)
-    folder = out.parent / f".{out.name}.work" if work is None else Path(work)
-    calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
-    found = quantize(denoiser, calibration, plan=chosen).quantized
-    schedule = correct(found, calibration, work=folder, progress=progress) if correction else None
-    manifest = _emit(found, schedule, backend, out, force=force, progress=progress)
-    if work is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return manifest
+    n_runs = DEFAULT_SAMPLES if samples is None else samples
+    with working_folder(out, work) as folder:
+        found, schedule = (
+            _calibrated(denoiser, chosen, n_runs, seed or 0, correction, folder, progress)
+            if stored is None
+            else _corrected(stored, n_runs, seed or 0, correction, folder, progress)
+        )
+        return _emit(found, schedule, backend, out, force=force, progress=progress)
+
+
+@contextmanager
+def working_folder(out: Path, work: str | Path | None) -> Iterator[Path]:
+    """Where finished parts are kept: in `work`, or in a hidden sibling of `out`.
+
+    The sibling is removed when the block ends well; after an error or Ctrl-C, the same call goes
+    on from it.
+    """
+    if work is not None:
+        yield Path(work)
+        return
+    folder = out.parent / f".{out.name}.work"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_calibration(samples: int | None, seed: int | None, correction: bool) -> None:
+    """Raise InputError if the calibration that nothing needs was asked for with these settings."""
+    given = [name for name, value in (("samples", samples), ("seed", seed)) if value is not None]
+    if given:
+        reason = "which holds its correction" if correction else "without a correction"
+        raise InputError(
+            "EQ-3706",
+            f"{' and '.join(given)} would do nothing beside a quantized model, {reason}",
+            path=given[0],
+            hint=f"leave {' and '.join(given)} out",
+        )
+
+
+def _calibrated(
+    denoiser: Denoiser,
+    plan: DeploymentPlan,
+    samples: int,
+    seed: int,
+    correction: bool,
+    work: Path,
+    progress: Progress | None,
+) -> tuple[QuantizedDenoiser, CorrectedSchedule | None]:
+    """A model quantized as the plan says, and its correction."""
+    calibration = calibrate(denoiser, samples=samples, seed=seed, work=work, progress=progress)
+    found = quantize(denoiser, calibration, plan=plan).quantized
+    schedule = correct(found, calibration, work=work, progress=progress) if correction else None
+    return found, schedule
+
+
+def _corrected(
+    stored: Stored,
+    samples: int,
+    seed: int,
+    correction: bool,
+    work: Path,
+    progress: Progress | None,
+) -> tuple[QuantizedDenoiser, CorrectedSchedule | None]:
+    """A stored model, and its correction, measured where the file holds none."""
+    found = stored.quantized
+    if stored.correction is not None or not correction:
+        return found, stored.correction if correction else None
+    told = stage("trajectories", progress)
+    runs = collect_trajectories(found.denoiser, samples, seed=seed, work=work, progress=told)
+    # A correction is measured on trajectories alone, whatever the layers see.
+    return found, correct(found, Calibration(runs, {}), work=work, progress=progress)
 
 
 def _emit(

@@ -257,8 +257,9 @@ def test_emit_defaults_are_those_of_the_pipeline(calls: Calls) -> None:
     assert call("emit", "model", "-o", "out").exit_code == 0
     emitted = calls["emit"]
     assert emitted["target"] == pipeline.DEFAULT_TARGET
-    assert emitted["samples"] == pipeline.DEFAULT_SAMPLES
-    assert (emitted["plan"], emitted["work"], emitted["seed"]) == (None, None, 0)
+    # Left to the pipeline, which refuses them where they would do nothing.
+    assert (emitted["samples"], emitted["seed"]) == (None, None)
+    assert (emitted["plan"], emitted["work"]) == (None, None)
     assert (emitted["correction"], emitted["force"]) == (True, False)
     assert (calls["load"]["guidance"], calls["load"]["local_files_only"]) == (None, True)
 

@@ -16,8 +16,10 @@ from typer.testing import CliRunner, Result
 
 from edgeqdm import cli, pipeline
 from edgeqdm.ir.codec import dump_record, read_record
+from edgeqdm.ir.package import ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.load import load
 from edgeqdm.quantize.store import load_quantized
 from edgeqdm.testing.tiny import write_tiny_dit, write_tiny_unet
@@ -184,8 +186,14 @@ def test_results_for_people_name_file_size_and_quality(folder: Folder, tmp_path:
     assert "reconstruct" in stages
 
 
-def test_split_skips_are_remembered_by_the_file(tmp_path: Path) -> None:
-    """What reads the file splits the model again, without being told."""
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_split_skips_are_remembered_by_the_file_and_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads them splits the model again, without being told."""
     model, file = write_tiny_unet(tmp_path / "model"), tmp_path / "split.safetensors"
     plan = tmp_path / "plan.json"
     one_step = ("--scheduler", "ddim", "--steps", "1")
@@ -196,11 +204,84 @@ def test_split_skips_are_remembered_by_the_file(tmp_path: Path) -> None:
         *("quantize", model, "-o", file, "--plan", plan, "--split-skips", "--samples", 1),
         *(*one_step, "--no-correct"),
     )
+    package = tmp_path / "package"
+    value_of(
+        "emit", model, "-o", package, "--plan", plan, "--split-skips", "--samples", 1, *one_step
+    )
+    with monkeypatch.context() as patched:
+        # What follows once the model has been found to be the package's own.
+        patched.setattr(pipeline, "float_variant", interrupted)
+        again = call("bench", package, "--model", model, "--scheduler", "ddim", "--quiet")
+    assert again.exit_code == 130
     more = ("--scheduler", "ddim", "--steps", "2")
     assert value_of("retabulate", model, file, "-o", tmp_path / "two.safetensors", *more)
     code, line = refusal("quantize", model, "-o", file, "--plan", plan, "--samples", 1, *one_step)
     assert code == 3
     assert line.startswith("error[EQ-3202]")
+
+
+def quantized_without_correction(folder: Folder, file: Path) -> None:
+    options = ("--plan", folder.plan, "--no-correct", *SAMPLER, *FEW)
+    value_of("quantize", folder.model, "-o", file, *options)
+
+
+def schedule_of(package: Path) -> ScheduleFile:
+    return read_record(package / "schedule.json", ScheduleFile)
+
+
+def test_a_correction_that_a_file_lacks_is_measured(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the trajectories that were asked for, and equal to what `quantize` would have stored."""
+    file, work = tmp_path / "bare.safetensors", tmp_path / "work"
+    quantized_without_correction(folder, file)
+    denoiser = load(str(folder.model), scheduler="ddim", steps=4)
+    found: list[CorrectedSchedule | None] = []
+
+    def keep(*_: Any, correction: CorrectedSchedule | None, **__: Any) -> None:
+        found.append(correction)
+
+    monkeypatch.setattr(pipeline, "emit_package", keep)
+    samples = int(FEW[1])
+    for options in ({}, {"seed": 1}, {"work": work}):
+        pipeline.emit(denoiser, tmp_path / "out", quantized=file, samples=samples, **options)
+    pipeline.emit(denoiser, tmp_path / "out", quantized=file, correction=False)
+    calibration = pipeline.calibrate(denoiser, samples=samples)
+    wanted = pipeline.correct(load_quantized(file, denoiser).quantized, calibration)
+    first, other, again, none = found
+    assert first == again == wanted
+    assert other is not None
+    assert other.bias != wanted.bias
+    assert none is None
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, work.name}
+    assert {path.name.partition("-")[0] for path in work.iterdir()} == {"trajectories", "noise"}
+
+
+def test_a_file_for_other_steps_is_corrected_for_them(folder: Folder, tmp_path: Path) -> None:
+    file, package = tmp_path / "seven.safetensors", tmp_path / "package"
+    seven = ("--scheduler", "ddim", "--steps", 7)
+    value_of("retabulate", folder.model, folder.file, "-o", file, *seven)
+    value_of("emit", folder.model, "-o", package, "--quantized", file, *seven, *FEW)
+    correction = schedule_of(package).correction
+    assert correction is not None
+    assert len(correction.gain) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--samples", 4), "samples would do nothing beside a quantized model, which holds its"),
+        (("--samples", 4, "--seed", 0), "samples and seed would do nothing beside a quantized"),
+        (("--seed", 0, "--no-correct"), "seed would do nothing beside a quantized model, without"),
+    ],
+)
+def test_a_calibration_that_nothing_needs_is_refused(
+    folder: Folder, tmp_path: Path, options: tuple[object, ...], told: str
+) -> None:
+    code, line = read("emit", folder, folder.file, tmp_path / "out", *SAMPLER, *options)
+    assert code == 3
+    assert line.startswith(f"error[EQ-3706]: {told}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_step_aware_plans_are_measured(folder: Folder, tmp_path: Path) -> None:
@@ -374,9 +455,6 @@ def test_scales_without_a_network_are_not_retabulated(folder: Folder, tmp_path: 
 def test_ctrl_c_leaves_no_file_and_says_how_to_go_on(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     arguments = ("quantize", folder.model, "-o", tmp_path / "out.safetensors", *SAMPLER, *FEW)
     with monkeypatch.context() as patched:
         patched.setattr("edgeqdm.stages.measure", interrupted)
