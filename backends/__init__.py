@@ -34,6 +34,13 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted({*BACKENDS, *entry_points(group=ENTRY_POINT_GROUP).names}))
 
 
+def check_backend_name(name: str) -> None:
+    """Raise UnsupportedError EQ-4301 if no target has this name; nothing is imported."""
+    if name not in backend_names():
+        known = ", ".join(backend_names())
+        raise UnsupportedError("EQ-4301", f"there is no target {name!r}", hint=f"known: {known}")
+
+
 def load_backend(name: str) -> Backend:
     """The target of this name; a built-in one goes before an entry point of the same name.
 
@@ -41,9 +48,7 @@ def load_backend(name: str) -> Backend:
         UnsupportedError: EQ-4301 if no target has this name, EQ-4302 if the library it stands on
             cannot be imported.
     """
-    if name not in backend_names():
-        known = ", ".join(backend_names())
-        raise UnsupportedError("EQ-4301", f"there is no target {name!r}", hint=f"known: {known}")
+    check_backend_name(name)
     try:
         if name in BACKENDS:
             return BACKENDS[name]()

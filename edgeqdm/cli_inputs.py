@@ -115,6 +115,13 @@ def refuse_idle(options: Mapping[str, object], where: str, *, hint: str) -> None
         raise InputError("EQ-3806", message, path=given[0], hint=hint)
 
 
+def check_target(name: str) -> None:
+    """Raise UnsupportedError unless there is such a target, whether it can be loaded or not."""
+    from edgeqdm.backends import check_backend_name
+
+    check_backend_name(name)
+
+
 def load_model(
     model: str,
     *,
@@ -147,6 +154,14 @@ def load_model(
             error.hint = "--online downloads it"
         raise
     return split.split_skips(denoiser) if split_skips else denoiser
+
+
+def rule_precisions(body: str | None, embedding: str | None) -> tuple[Precision, Precision]:
+    """Precisions of a plan by rule, as they were asked for or by default."""
+    return (
+        parse_precision("w8a8" if body is None else body),
+        parse_precision("fp32" if embedding is None else embedding),
+    )
 
 
 def parse_precision(text: str) -> Precision:

@@ -26,6 +26,11 @@ Package = Annotated[
     Path, typer.Argument(metavar="PACKAGE", help="Folder of a package.", show_default=False)
 ]
 Target = Annotated[str, typer.Option(metavar="NAME", help="Runtime to make it for.")]
+# Of the verbs that have to know whether an option was given at all.
+AskedTarget = Annotated[
+    str | None,
+    typer.Option("--target", metavar="NAME", help="Runtime to make it for; default onnxruntime."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a package that is there already.")]
 Fid = Annotated[
     int, typer.Option(metavar="N", min=0, help="Images for feature-FID; 0 leaves it out.")
@@ -64,10 +69,14 @@ NoCorrect = Annotated[
     bool, typer.Option("--no-correct", help="Leave the sampler's schedule as it is.")
 ]
 BodyPrecision = Annotated[
-    str, typer.Option("--precision", metavar="P", help="Of the body: w8a8, w4a8, w4g64a8dyn, ...")
+    str | None,
+    typer.Option(
+        "--precision", metavar="P", help="Of the body: w4a8, w4g64a8dyn, ...; default w8a8."
+    ),
 ]
 EmbeddingPrecision = Annotated[
-    str, typer.Option("--embedding", metavar="P", help="Of timestep and label layers.")
+    str | None,
+    typer.Option("--embedding", metavar="P", help="Of timestep and label layers; default fp32."),
 ]
 SplitSkips = Annotated[
     bool, typer.Option("--split-skips", help="Give both halves of a UNet's skips their own scale.")

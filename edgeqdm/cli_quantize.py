@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeqdm.cli_inputs import load_model, parse_precision, read_plan
+from edgeqdm.cli_inputs import check_target, load_model, read_plan, refuse_idle, rule_precisions
 from edgeqdm.cli_options import (
+    AskedSamples,
+    AskedSeed,
+    AskedTarget,
     BodyPrecision,
     EmbeddingPrecision,
     Embeddings,
@@ -46,8 +49,8 @@ def plan(
     model: Model,
     out: OutFile,
     target: Target = "onnxruntime",
-    precision: BodyPrecision = "w8a8",
-    embedding: EmbeddingPrecision = "fp32",
+    precision: BodyPrecision = None,
+    embedding: EmbeddingPrecision = None,
     step_aware: Annotated[
         bool,
         typer.Option("--step-aware", help="4-bit activations where diffusion noise hides it."),
@@ -61,8 +64,8 @@ def plan(
     steps: Steps = 20,
     eta: Eta = 0.0,
     guidance: Guidance = None,
-    samples: Samples = 64,
-    seed: Seed = 0,
+    samples: AskedSamples = None,
+    seed: AskedSeed = None,
     conditioning: Embeddings = None,
     work: Work = None,
     online: Online = False,
@@ -80,10 +83,18 @@ def plan(
     with output.working() as progress:
         with stage("load", progress):
             from edgeqdm import pipeline
-            from edgeqdm.emit.writer import write_file_atomically
+            from edgeqdm.emit.writer import check_file_destination, write_file_atomically
             from edgeqdm.ir.codec import dump_record
 
-            body, embedded = parse_precision(precision), parse_precision(embedding)
+            if not step_aware and not search_groups:
+                refuse_idle(
+                    {"--samples": samples, "--seed": seed, "--work": work},
+                    "without --step-aware or --search-groups",
+                    hint="a plan by rule takes no calibration",
+                )
+            check_target(target)
+            check_file_destination(out)
+            body, embedded = rule_precisions(precision, embedding)
             denoiser = load_model(
                 model,
                 scheduler=scheduler,
@@ -95,19 +106,21 @@ def plan(
                 split_skips=split_skips,
             )
         found = pipeline.rule_plan(denoiser, target, body=body, embedding=embedded)
-        if step_aware or search_groups:
-            calibration = pipeline.calibrate(
-                denoiser, samples=samples, seed=seed, work=work, progress=progress
-            )
-        if search_groups:
-            found = pipeline.search_groups(
-                denoiser, calibration, found, seed=seed, work=work, progress=progress
-            ).plan
-        if step_aware:
-            found = pipeline.step_aware_plan(
-                denoiser, calibration, found, work=work, progress=progress
-            )
-        write_file_atomically(out, dump_record(found))
+        runs = pipeline.DEFAULT_SAMPLES if samples is None else samples
+        with pipeline.working_folder(out, work) as folder:
+            if step_aware or search_groups:
+                calibration = pipeline.calibrate(
+                    denoiser, samples=runs, seed=seed or 0, work=folder, progress=progress
+                )
+            if search_groups:
+                found = pipeline.search_groups(
+                    denoiser, calibration, found, seed=seed or 0, work=folder, progress=progress
+                ).plan
+            if step_aware:
+                found = pipeline.step_aware_plan(
+                    denoiser, calibration, found, work=folder, progress=progress
+                )
+            write_file_atomically(out, dump_record(found))
     phases = [f"{p.start}..{p.stop - 1}" for p in found.phases]
     output.result(
         {"plan": str(out), "phases": phases, "integer_layers": found.n_integer_layers},
@@ -119,9 +132,9 @@ def quantize(
     model: Model,
     out: OutFile,
     plan: Plan = None,
-    target: Target = "onnxruntime",
-    precision: BodyPrecision = "w8a8",
-    embedding: EmbeddingPrecision = "fp32",
+    target: AskedTarget = None,
+    precision: BodyPrecision = None,
+    embedding: EmbeddingPrecision = None,
     reconstruct: Annotated[
         bool, typer.Option("--reconstruct", help="Learn the rounding block by block.")
     ] = False,
@@ -158,7 +171,21 @@ def quantize(
         with stage("load", progress):
             from edgeqdm import pipeline
 
-            body, embedded = parse_precision(precision), parse_precision(embedding)
+            if plan is not None:
+                refuse_idle(
+                    {"--precision": precision, "--embedding": embedding, "--target": target},
+                    "beside --plan",
+                    hint="leave the plan or the option out",
+                )
+            if not reconstruct:
+                refuse_idle(
+                    {"--iterations": iterations, "--minutes": minutes},
+                    "without --reconstruct",
+                    hint="add --reconstruct or leave the option out",
+                )
+            chosen_target = pipeline.DEFAULT_TARGET if target is None else target
+            check_target(chosen_target)
+            body, embedded = rule_precisions(precision, embedding)
             asked = None if plan is None else read_plan(plan)
             denoiser = load_model(
                 model,
@@ -170,7 +197,7 @@ def quantize(
                 online=online,
                 split_skips=split_skips,
             )
-        chosen = asked or pipeline.rule_plan(denoiser, target, body=body, embedding=embedded)
+        chosen = asked or pipeline.rule_plan(denoiser, chosen_target, body=body, embedding=embedded)
         learned = _reconstruction(iterations, minutes) if reconstruct else None
         found = pipeline.quantize_to_file(
             denoiser,

@@ -291,6 +291,7 @@ def test_step_aware_plans_are_measured(folder: Folder, tmp_path: Path) -> None:
         *("plan", folder.model, "-o", plan, "--precision", "w8a8", "--step-aware"),
         *(*SAMPLER, *FEW),
     )
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     phases = read_record(plan, DeploymentPlan).phases
     assert found["phases"] == [f"{p.start}..{p.stop - 1}" for p in phases]
     assert {a.precision for a in phases[0].layers} == {"w8a4", "fp32", "table"}
@@ -464,6 +465,74 @@ def test_ctrl_c_leaves_no_file_and_says_how_to_go_on(
     assert not (tmp_path / "out.safetensors").exists()
     assert call(*arguments, "--quiet").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("option", "stage"), [("--step-aware", "measure"), ("--search-groups", "plan_groups")]
+)
+def test_an_interrupted_plan_goes_on_from_beside_its_file(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, stage: str
+) -> None:
+    precision = ("--precision", "w4g32a8", option)
+    arguments = ("plan", folder.model, "-o", tmp_path / "plan.json", *precision, *SAMPLER, *FEW)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"edgeqdm.stages.{stage}", interrupted)
+        assert call(*arguments, "--quiet").exit_code == 130
+    kept = {path.name for path in (tmp_path / ".plan.json.work").iterdir()}
+    assert {name.partition("-")[0] for name in kept} >= {"trajectories", "observations"}
+    assert [path.name for path in tmp_path.iterdir()] == [".plan.json.work"]
+
+
+def test_a_plan_that_cannot_be_written_is_refused_first(folder: Folder, tmp_path: Path) -> None:
+    code, line = refusal("plan", folder.model, "-o", tmp_path, "--step-aware", *SAMPLER)
+    assert (code, line[:15]) == (7, "error[EQ-7103]:")
+    assert list(tmp_path.iterdir()) == []
+
+
+BY_RULE = "without --step-aware or --search-groups"
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "told"),
+    [
+        ("quantize", "--plan p --precision w4a8", "--precision would do nothing beside --plan"),
+        ("quantize", "--plan p --embedding w8", "--embedding would do nothing beside --plan"),
+        ("quantize", "--plan p --target onnxruntime", "--target would do nothing beside --plan"),
+        ("quantize", "--iterations 3", "--iterations would do nothing without --reconstruct"),
+        ("quantize", "--minutes 3", "--minutes would do nothing without --reconstruct"),
+        ("plan", "--samples 3 --seed 0", f"--samples and --seed would do nothing {BY_RULE}"),
+        ("plan", "--work w", f"--work would do nothing {BY_RULE}"),
+        ("emit", "--quantized f --split-skips", "--split-skips would do nothing beside --quan"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    tmp_path: Path, verb: str, options: str, told: str
+) -> None:
+    """Before anything is read: neither model nor plan exists."""
+    code, line = refusal(verb, tmp_path / "gone", "-o", tmp_path / "x", *options.split())
+    assert code == 3
+    assert line.startswith(f"error[EQ-3806]: {told}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["plan", "quantize"])
+def test_an_unknown_target_is_refused_at_once(tmp_path: Path, verb: str) -> None:
+    out = tmp_path / "x"
+    code, line = refusal(verb, tmp_path / "gone", "-o", out, "--target", "abacus")
+    assert (code, line[:15]) == (4, "error[EQ-4301]:")
+    assert line.endswith(" - known: onnxruntime")
+
+
+def test_defaults_hold_where_nothing_is_asked(folder: Folder, tmp_path: Path) -> None:
+    """Of target, precision and embedding, which are told apart from what was asked."""
+    plan = tmp_path / "plan.json"
+    assert value_of("plan", folder.model, "-o", plan, *SAMPLER)
+    wanted = pipeline.rule_plan(load(str(folder.model), scheduler="ddim", steps=4))
+    assert read_record(plan, DeploymentPlan) == wanted
+    file = tmp_path / "x.safetensors"
+    value_of("quantize", folder.model, "-o", file, "--no-correct", *SAMPLER, "--samples", 1)
+    held = load_quantized(file, load(str(folder.model), scheduler="ddim", steps=4))
+    assert held.quantized.plan == wanted
 
 
 @pytest.mark.parametrize(

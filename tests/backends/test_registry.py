@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgeqdm import backends
-from edgeqdm.backends import ENTRY_POINT_GROUP, backend_names, load_backend
+from edgeqdm.backends import ENTRY_POINT_GROUP, backend_names, check_backend_name, load_backend
 from edgeqdm.errors import UnsupportedError
 
 
@@ -52,6 +52,8 @@ def test_built_in_target_is_loaded_by_its_own_name() -> None:
 def test_unknown_target_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UnsupportedError) as caught:
         load_backend("abacus")
+    with pytest.raises(UnsupportedError, match="EQ-4301"):
+        check_backend_name("abacus")
     assert caught.value.code == "EQ-4301"
     assert "abacus" in caught.value.message
     assert "onnxruntime" in (caught.value.hint or "")
