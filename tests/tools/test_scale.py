@@ -7,10 +7,14 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from edgeqdm.errors import VerifyError
+from edgeqdm.ir.plan import DeploymentPlan
 
 FILE = Path(__file__).parents[2] / "tools" / "benchmarks" / "scale.py"
 HEAD = {"commit": "a", "machine": {"cores": 2}, "settings": {"size": "tiny"}}
@@ -53,6 +57,66 @@ def test_row_goes_from_weights_to_a_verified_package(scale: ModuleType, tmp_path
     assert row["stored_mib"] < row["float32_mib"] / 2
     checked = scale.check("dit-xl-2", "w8a8", folder)
     assert checked["integer_kernels"] == row["integer_layers"] > 0
+
+
+class Planned(Exception):  # noqa: N818
+    """Ends a measurement once its plan is made."""
+
+
+def test_plan_has_the_choices_that_emit_makes(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as layers that keep 8-bit weights, one here."""
+    wide, found = "transformer_blocks.0.attn1.to_q", []
+
+    def stop(_: Any, plan: DeploymentPlan, __: Any) -> None:
+        found.append(plan)
+        raise Planned
+
+    scale.build(scale.MODELS["dit-xl-2"], "tiny", tmp_path)
+    monkeypatch.setattr("edgeqdm.stages.most_reused", lambda *_: (wide,))
+    monkeypatch.setattr(scale, "initialise", stop)
+    with pytest.raises(Planned):
+        scale.measure("dit-xl-2", "w4a8", "tiny", 2, 1, tmp_path / "w4a8")
+    precisions = {a.layer: a.precision for a in found[0].phases[0].layers}
+    assert precisions.pop(wide) == "w8a8"
+    assert set(precisions.values()) == {"w4a8", "fp32", "w8", "table"}
+
+
+def test_an_unknown_size_is_refused(scale: ModuleType, tmp_path: Path) -> None:
+    result = CliRunner().invoke(command(scale), ["--size", "tinny", "-o", str(tmp_path / "x.json")])
+    assert result.exit_code == 2
+    assert "there is no size 'tinny'; known: full, quarter, tiny" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def command(scale: ModuleType) -> typer.Typer:
+    app = typer.Typer(rich_markup_mode=None)
+    app.command()(scale.main)
+    return app
+
+
+def test_a_row_that_failed_is_tried_again(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, tried = tmp_path / "scale.json", []
+    verified = {"stages": [], "check": {"stages": []}}
+    failed: dict[str, Any] = {"stages": [], "check": {"error": "killed"}}
+    rows = {"dit-xl-2 w8a8": verified, "dit-xl-2 w4g128a8dyn": failed}
+    settings = {"size": "tiny", "steps": 2, "samples": 2, "threads": 2}
+    head = {"commit": scale.commit(), "machine": scale.machine(), "settings": settings}
+    out.write_text(json.dumps({**head, "rows": rows}))
+
+    def run_row(name: str, precision: str, *_: Any) -> dict[str, Any]:
+        tried.append(f"{name} {precision}")
+        return verified
+
+    monkeypatch.setattr(scale, "run_row", run_row)
+    options = ["--size", "tiny", "--model", "dit-xl-2", "--work", str(tmp_path), "-o", str(out)]
+    for _ in range(2):
+        assert CliRunner().invoke(command(scale), options).exit_code == 0
+    assert tried == ["dit-xl-2 w4g128a8dyn"]
+    assert json.loads(out.read_text())["rows"] == dict.fromkeys(rows, verified)
 
 
 def test_task_that_fails_is_a_result(scale: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,17 +44,17 @@ from edgeqdm.bench.compare import (
     conditioning_for,
     float_predictor,
     folder_bytes,
+    player_of,
 )
-from edgeqdm.bench.quality import sqnr_db
-from edgeqdm.calibrate.observe import LayerObservation
+from edgeqdm.bench.quality import check_fid, sqnr_db
 from edgeqdm.calibrate.trajectories import Trajectories
 from edgeqdm.emit import playback
 from edgeqdm.emit.package import emit_package
+from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.precision import ActivationPolicy
 from edgeqdm.ir.report import BenchReport
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer
-from edgeqdm.numerics.ranges import StepRanges
-from edgeqdm.quantize.plans import default_plan
 
 MATRIX_OPS = ["Conv", "MatMul", "Gemm"]
 CALIBRATION_RUNS = 32
@@ -83,15 +83,13 @@ class TrajectoryReader(CalibrationDataReader):  # type: ignore[misc]
         return next(self._feeds, None)
 
 
-def pooled(observations: dict[str, LayerObservation]) -> dict[str, LayerObservation]:
-    """The same observations without the step: what constant scales are searched on."""
-
-    def pool(ranges: StepRanges) -> StepRanges:
-        return StepRanges(
-            ranges.samples.reshape(1, -1), ranges.low.amin(0, True), ranges.high.amax(0, True)
-        )
-
-    return {k: LayerObservation(pool(o.input), pool(o.output)) for k, o in observations.items()}
+def our_plans(denoiser: Denoiser, target: str) -> dict[str, DeploymentPlan]:
+    """Our own rows: what `edgeqdm emit` does by default, and the same with one scale per layer."""
+    static = ActivationPolicy.STATIC
+    return {
+        "edgeqdm, constant scales": pipeline.rule_plan(denoiser, target, activation=static),
+        "edgeqdm, scales per step": pipeline.rule_plan(denoiser, target),
+    }
 
 
 def left_in_float(graph: onnx.ModelProto, denoiser: Denoiser) -> list[str]:
@@ -183,24 +181,20 @@ def output_sqnr(denoiser: Denoiser, variant: Variant, runs: int = 16) -> list[fl
     return found
 
 
-def measure(source: str, images: int, fid: int, rounds: int, work: Path) -> dict[str, Any]:
+def measure(
+    denoiser: Denoiser, *, samples: int, images: int, fid: int, rounds: int, work: Path
+) -> dict[str, Any]:
     """All rows of one model."""
-    denoiser = load(f"reference:{source}")
-    backend = load_backend("onnxruntime")
-    calibration = pipeline.calibrate(denoiser, work=work / source)
+    backend, title = load_backend("onnxruntime"), denoiser.info.name
+    check_fid(fid, player_of(denoiser))
+    calibration = pipeline.calibrate(denoiser, samples=samples, work=work)
     errors: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        ours = {
-            "edgeqdm, constant scales": pooled(calibration.observations),
-            "edgeqdm, scales per step": calibration.observations,
-        }
-        plan = default_plan(denoiser.info, backend.name, denoiser.program.n_steps)
         variants: list[Variant] = []
-        for name, observations in ours.items():
-            same = replace(calibration, observations=observations)
-            quantized = pipeline.quantize(denoiser, same, plan=plan).quantized
-            correction = pipeline.correct(quantized, calibration, work=work / source)
+        for name, plan in our_plans(denoiser, backend.name).items():
+            quantized = pipeline.quantize(denoiser, calibration, plan=plan).quantized
+            correction = pipeline.correct(quantized, calibration, work=work)
             package = folder / name
             emit_package(quantized, backend, package, correction=correction)
             variants.append(
@@ -237,7 +231,7 @@ def measure(source: str, images: int, fid: int, rounds: int, work: Path) -> dict
             images=images,
             seeds=SEEDS,
             fid_images=fid,
-            progress=lambda done, total: print(f"{source}: {done}/{total}", file=sys.stderr),
+            progress=lambda done, total: print(f"{title}: {done}/{total}", file=sys.stderr),
         )
         outputs = {v.name: output_sqnr(denoiser, v) for v in variants}
     return {"report": report, "errors": errors, "output_sqnr_db": outputs}
@@ -293,7 +287,15 @@ def main(
     # The quantizers advise a pre-processing that changes nothing on these graphs, once per node.
     logging.getLogger().setLevel(logging.ERROR)
     for name in model:
-        found = measure(name, images, fid, rounds, work)
+        denoiser = load(f"reference:{name}")
+        found = measure(
+            denoiser,
+            samples=pipeline.DEFAULT_SAMPLES,
+            images=images,
+            fid=fid,
+            rounds=rounds,
+            work=work / name,
+        )
         show(found["report"], found["errors"], found["output_sqnr_db"])
         result["models"][name] = {**found, "report": found["report"].model_dump(mode="json")}
         out.parent.mkdir(parents=True, exist_ok=True)

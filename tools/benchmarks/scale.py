@@ -5,7 +5,7 @@
 DiT-XL/2 and the UNet of Stable Diffusion 1.5, with random weights: nothing is downloaded and no
 image is judged. Every model and precision runs in a process of its own, from loading to the written
 package, and its package is verified in another one. Finished rows of the same commit, size and
-settings are kept, so an interrupted run goes on.
+settings are kept, so an interrupted run goes on; rows that failed are tried again.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit.package import emit_package
 from edgeqdm.emit.verify import verify_package
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import TABLE, Precision
 from edgeqdm.models.load import load
-from edgeqdm.quantize.fold import dependence
-from edgeqdm.quantize.plans import default_plan
 from edgeqdm.quantize.quantizer import assemble, initialise
 from edgeqdm.quantize.store import save_quantized
+from edgeqdm.stages import rule_plan
 
 TARGET = "onnxruntime"
 EMBEDDING = Precision("w8")
@@ -235,15 +234,7 @@ def measure(
     stages.begin("observe")
     observed = observe(denoiser, trajectories, tuple(x.name for x in denoiser.info.layers))
     stages.begin("plan")
-    tables = [layer for layer, kind in dependence(denoiser).items() if kind == "time"]
-    plan = default_plan(
-        denoiser.info,
-        TARGET,
-        steps,
-        body=Precision(precision),
-        embedding=EMBEDDING,
-        tables=tables,
-    )
+    plan = rule_plan(denoiser, TARGET, body=Precision(precision), embedding=EMBEDDING)
     stages.begin("quantize")
     parameters = initialise(denoiser, plan, observed)
     stages.begin("assemble")
@@ -267,7 +258,7 @@ def measure(
         "graph_mib": _mib((package / "model.onnx").stat().st_size),
         "layers": len(denoiser.info.layers),
         "integer_layers": plan.n_integer_layers,
-        "tables": len(tables),
+        "tables": sum(a.precision == TABLE for a in plan.phases[0].layers),
     }
 
 
@@ -382,6 +373,7 @@ def main(
     """Measure every model at every one of its precisions and write the rows as JSON."""
     if task:
         return do_task(task)
+    check_size(size)
     settings = {"size": size, "steps": steps, "samples": samples, "threads": threads}
     head = {"commit": commit(), "machine": machine(), "settings": settings}
     result = kept(out, head)
@@ -390,7 +382,7 @@ def main(
     todo = [row for same in zip(*by_model, strict=True) for row in same]
     started, done = time.perf_counter(), 0
     for number, (name, precision) in enumerate(todo, start=1):
-        if "check" in result["rows"].get(f"{name} {precision}", {}):
+        if is_finished(result["rows"].get(f"{name} {precision}", {})):
             continue
         left = (time.perf_counter() - started) / max(done, 1) * (len(todo) - number + 1) / 60
         eta = f", about {left:.0f} min left" if done else ""
@@ -405,6 +397,18 @@ def main(
         for name in model:
             shutil.rmtree(work / f"{name}-{size}", ignore_errors=True)
     return None
+
+
+def check_size(size: str) -> None:
+    """Raise BadParameter unless the models come in this size."""
+    known = ("full", *dict.fromkeys(size for model in MODELS.values() for size in model.smaller))
+    if size not in known:
+        raise typer.BadParameter(f"there is no size {size!r}; known: {', '.join(known)}")
+
+
+def is_finished(row: Mapping[str, Any]) -> bool:
+    """Whether a row was measured and its package verified; any other is tried again."""
+    return "check" in row and "error" not in row["check"]
 
 
 def kept(out: Path, head: Mapping[str, Any]) -> dict[str, Any]:
