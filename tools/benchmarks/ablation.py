@@ -150,11 +150,9 @@ def compute(
         wide = pipeline.calibrate(
             denoiser, samples=TRAINING_RUNS, seed=CALIBRATION_SEED + 1, work=work
         )
-        start = time.process_time()
-        found = pipeline.finetune(
-            found, wide, settings=FinetuneSettings(minutes=options["minutes"]), work=work
-        )
-        minutes += (time.process_time() - start) / 60
+        settings = FinetuneSettings(minutes=options["minutes"])
+        found, trained = train_timed(found, wide, settings, work)
+        minutes += trained
     quantized = found.quantized
     statistics = pipeline.measure(quantized, calibration, work=work)
     correction = None
@@ -180,10 +178,39 @@ def compute(
     return result
 
 
+def train_timed(found: Any, calibration: Any, settings: Any, work: Path) -> tuple[Any, float]:
+    """`pipeline.finetune`, and the CPU minutes it takes, those before an interruption included.
+
+    What goes on where it was stopped is told by its iterations alone: the little that is computed
+    before and after them is not kept.
+    """
+    from edgeqdm.pipeline import Quantization
+    from edgeqdm.quantize import quantizer
+    from edgeqdm.quantize.finetune import finetune
+
+    before, start = found.quantized, time.process_time()
+    tuned = finetune(
+        before.denoiser,
+        before.plan,
+        before.parameters,
+        calibration.trajectories,
+        settings=settings,
+        generator=found.generator,
+        work=work,
+    )
+    after = quantizer.assemble(before.denoiser, before.plan, tuned.parameters)
+    seconds = max(time.process_time() - start, tuned.seconds)
+    return Quantization(after, found.blocks, tuned.generator), seconds / 60
+
+
 def quantize_timed(
     denoiser: Any, calibration: Any, width: str, row: Row, work: Path, options: dict[str, Any]
 ) -> tuple[Any, float]:
-    """The network before training, and the CPU minutes it takes; finished blocks are reused."""
+    """The network before training, and the CPU minutes it takes.
+
+    Blocks and samples that another row or an earlier run has finished are reused, and count as if
+    they had been made here.
+    """
     from edgeqdm import pipeline
     from edgeqdm.quantize.reconstruct import ReconstructionSettings
 
@@ -198,6 +225,9 @@ def quantize_timed(
     plan = plan_of(denoiser, width, row)
     if row.step_aware:
         plan = pipeline.step_aware_plan(denoiser, calibration, plan)
+    if row.reconstruct:
+        # A kept selection does not tell what it took: this one is made for its time alone.
+        pipeline.select_samples(denoiser, calibration, method)
     planned = time.process_time() - start
     if row.reconstruct:
         pipeline.quantize(denoiser, calibration, plan=plan, method=method, work=work)
@@ -241,12 +271,14 @@ def measure_images(
         reference_predictor,
     )
     from edgeqdm.bench.quality import sqnr_db
+    from edgeqdm.ir.codec import digest
 
     denoiser, images = quantized.denoiser, options["images"]
+    model, sampler = (digest(part)[:12] for part in (denoiser.info, denoiser.program))
     found = []
     for seed in IMAGE_SEEDS:
         fed = conditioning_for(denoiser, images, seed)
-        file = work / f"images-{images}-{seed}.npy"
+        file = work / f"images-{model}-{sampler}-{images}-{seed}.npy"
         if not file.exists():
             reference = draw(player_of(denoiser), float_predictor(denoiser), fed, images, seed)
             partial = work / f"images-{os.getpid()}.npy"
@@ -387,6 +419,7 @@ def table(
         "batch": batch,
         "minutes": minutes,
     }
+    check_names(name or (), model, width)
     report = read_report(out, options)
     wanted = [
         [task for task in lane if task.key not in report["rows"] and task.named(name)]
@@ -406,6 +439,15 @@ def table(
     draw_figure(report, out.with_suffix(".png"))
     if any("error" in each for each in report["rows"].values()):
         raise typer.Exit(1)
+
+
+def check_names(names: Sequence[str], models: Sequence[str], widths: Sequence[str]) -> None:
+    """Raise BadParameter unless every name is that of a row of these models and widths."""
+    rows = (row for model in models for width in widths for row in rows_of(model, width))
+    known = dict.fromkeys(row.name for row in rows)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"no row is named {unknown[0]!r}; known: {'; '.join(known)}")
 
 
 class Progress:

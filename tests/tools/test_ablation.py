@@ -1,0 +1,120 @@
+"""The ablation keeps what belongs together apart, and tells the whole time of resumed work."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from edgeqdm import load, pipeline
+from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.quantize.finetune import Finetuned, FinetuneSettings, finetune
+from edgeqdm.quantize.quantizer import precision_digest
+from edgeqdm.testing.tiny import write_tiny_dit
+
+FILE = Path(__file__).parents[2] / "tools" / "benchmarks" / "ablation.py"
+TRAINING = FinetuneSettings(iterations=2, batch=2)
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ablation", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ablation"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def tiny(seed: int = 0) -> tuple[Denoiser, pipeline.Calibration, pipeline.Quantization]:
+    """A denoiser, its calibration and W8A8 of it."""
+    with TemporaryDirectory() as folder:
+        denoiser = load(write_tiny_dit(Path(folder), seed=seed), steps=2)
+    calibration = pipeline.calibrate(denoiser, samples=4)
+    return denoiser, calibration, pipeline.quantize(denoiser, calibration)
+
+
+@pytest.mark.parametrize("names", [["no such row"], ["+ groups", "+ bits by step"]])
+def test_a_name_that_no_row_has_is_refused(
+    ablation: ModuleType, tmp_path: Path, names: list[str]
+) -> None:
+    """Here only 4-bit activations are chosen by step."""
+    chosen = ["--model", "dit-fmnist", "--width", "w4a8"]
+    chosen += [word for name in names for word in ("--row", name)]
+    paths = ["-o", str(tmp_path / "x.json"), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(ablation.app, ["table", *chosen, *paths])
+    assert result.exit_code == 2
+    # Shown in a frame that breaks lines.
+    shown = " ".join(result.output.replace("│", " ").split())
+    assert f"no row is named '{names[-1]}'; known: round to nearest, min-max; " in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float_images_of_one_model_are_not_those_of_another(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "IMAGE_SEEDS", (5,))
+
+    def measured(seed: int, work: Path) -> dict[str, Any]:
+        work.mkdir(exist_ok=True)
+        found: dict[str, Any] = ablation.measure_images(
+            tiny(seed)[2].quantized, None, work, {"images": 1}
+        )
+        return found
+
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    measured(0, shared)
+    assert measured(1, shared) == measured(1, alone)
+    kept = {path.name for path in shared.iterdir()}
+    measured(1, shared)
+    assert {path.name for path in shared.iterdir()} == kept
+    assert len(kept) == 2
+
+
+def test_training_is_that_of_the_pipeline_and_tells_all_its_time(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, calibration, before = tiny()
+    found, minutes = ablation.train_timed(before, calibration, TRAINING, tmp_path)
+    same = pipeline.finetune(before, calibration, settings=TRAINING)
+    assert precision_digest(found.quantized) == precision_digest(same.quantized)
+    assert 0 < minutes < 5
+
+    def resumed(*given: Any, **named: Any) -> Finetuned:
+        return replace(finetune(*given, **named), seconds=600.0)
+
+    monkeypatch.setattr("edgeqdm.quantize.finetune.finetune", resumed)
+    assert ablation.train_timed(before, calibration, TRAINING, tmp_path)[1] == 10.0
+
+
+def test_the_time_of_a_kept_selection_is_told_again(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "process_time", lambda: clock[0])
+
+    def select_samples(*_: Any) -> None:
+        clock[0] += 60.0
+
+    # The one that is timed; what reconstruction sees comes from the stage's own.
+    monkeypatch.setattr(pipeline, "select_samples", select_samples)
+    denoiser, calibration, _ = tiny()
+    row = ablation.Row("one", groups=False, reconstruct="even")
+    options = {"iterations": 1, "batch": 2}
+    for _ in range(2):
+        found, minutes = ablation.quantize_timed(
+            denoiser, calibration, "w8a8", row, tmp_path, options
+        )
+        assert found.blocks
+        assert minutes == 1.0
