@@ -207,7 +207,9 @@ def _calibrated(
     """A model quantized as the plan says, and its correction."""
     calibration = calibrate(denoiser, samples=samples, seed=seed, work=work, progress=progress)
     found = quantize(denoiser, calibration, plan=plan).quantized
-    schedule = correct(found, calibration, work=work, progress=progress) if correction else None
+    if not correction:
+        return found, None
+    schedule = correct(found, calibration.trajectories, work=work, progress=progress)
     return found, schedule
 
 
@@ -225,8 +227,7 @@ def _corrected(
         return found, stored.correction if correction else None
     told = stage("trajectories", progress)
     runs = collect_trajectories(found.denoiser, samples, seed=seed, work=work, progress=told)
-    # A correction is measured on trajectories alone, whatever the layers see.
-    return found, correct(found, Calibration(runs, {}), work=work, progress=progress)
+    return found, correct(found, runs, work=work, progress=progress)
 
 
 def _emit(

@@ -54,7 +54,7 @@ from edgeqdm.models.levels import noise_levels
 from edgeqdm.quantize import finetune as finetuning
 from edgeqdm.quantize import quantizer
 from edgeqdm.quantize.blocks import most_reused
-from edgeqdm.quantize.finetune import FinetuneSettings
+from edgeqdm.quantize.finetune import Finetuned, FinetuneSettings
 from edgeqdm.quantize.fold import dependence, table_cost
 from edgeqdm.quantize.group_plan import GroupPlan, plan_groups
 from edgeqdm.quantize.group_search import GroupSearchSettings
@@ -69,6 +69,8 @@ Progress = Callable[[str, int, int], None]
 DEFAULT_TARGET = "onnxruntime"
 DEFAULT_SAMPLES = 64
 CLOSED_LOOP_SEED = 2**49
+UNSEEN_SEED = 2**50
+"""Of trajectories that a network was not trained on, combined with those it was."""
 SHORTEST_PHASE = 2
 """Steps."""
 FINE_SHARE = 0.1
@@ -150,11 +152,13 @@ class Quantization:
         quantized: the denoiser.
         blocks: what reconstruction did to every block; empty without it.
         generator: of the temporal scales, or None.
+        training: what the last training came to, or None.
     """
 
     quantized: QuantizedDenoiser
     blocks: tuple[BlockReport, ...] = ()
     generator: ScaleGenerator | None = None
+    training: Finetuned | None = None
 
 
 def quantize(
@@ -272,7 +276,7 @@ def select_samples(
 
 def finetune(
     quantization: Quantization,
-    calibration: Calibration,
+    trajectories: Trajectories,
     *,
     settings: FinetuneSettings,
     seed: int = 0,
@@ -285,7 +289,7 @@ def finetune(
         quantized.denoiser,
         quantized.plan,
         quantized.parameters,
-        calibration.trajectories,
+        trajectories,
         settings=settings,
         generator=quantization.generator,
         seed=seed,
@@ -293,24 +297,24 @@ def finetune(
         progress=stage("finetune", progress),
     )
     again = quantizer.assemble(quantized.denoiser, quantized.plan, found.parameters)
-    return Quantization(again, quantization.blocks, found.generator)
+    return Quantization(again, quantization.blocks, found.generator, found)
 
 
 def measure(
     quantized: QuantizedDenoiser,
-    calibration: Calibration,
+    trajectories: Trajectories,
     *,
     work: Path | None = None,
     progress: Progress | None = None,
 ) -> NoiseStatistics:
     """Quantization noise of the finished network at every step of the float trajectories."""
-    key = _key(__version__, calibration.trajectories.key(), precision_digest(quantized))
+    key = _key(__version__, trajectories.key(), precision_digest(quantized))
     file = None if work is None else work / f"noise-{key}.st"
     stored = None if file is None else load_tensors(file)
     if stored is not None:
         data = stored["statistics"].numpy().tobytes()
         return parse_record(data, NoiseStatistics, name=str(file))
-    statistics = _measure(quantized, calibration.trajectories, stage("correct", progress))
+    statistics = _measure(quantized, trajectories, stage("correct", progress))
     if file is not None:
         codes = torch.frombuffer(bytearray(dump_record(statistics)), dtype=torch.uint8)
         save_tensors({"statistics": codes}, file)
@@ -319,7 +323,7 @@ def measure(
 
 def correct(
     quantized: QuantizedDenoiser,
-    calibration: Calibration,
+    trajectories: Trajectories,
     *,
     corrector: Corrector | None = None,
     closed_loop: bool = False,
@@ -330,18 +334,18 @@ def correct(
 
     Args:
         quantized: with its final codes and scales.
-        calibration: trajectories of the float model.
+        trajectories: of the float model; not those the network was trained on.
         corrector: default PTQD with all its parts.
         closed_loop: measure a second time, along the corrected quantized sampler's own samples.
         work: folder for finished parts.
         progress: told of finished work.
     """
     program, key = quantized.denoiser.program, correction_key(quantized)
-    statistics = measure(quantized, calibration, work=work, progress=progress)
+    statistics = measure(quantized, trajectories, work=work, progress=progress)
     schedule = correct_schedule(program, statistics, key, corrector=corrector)
     if not closed_loop:
         return schedule
-    again = _measure_again(quantized, calibration.trajectories, schedule)
+    again = _measure_again(quantized, trajectories, schedule)
     return correct_schedule(program, again, key, corrector=corrector)
 
 
@@ -393,7 +397,7 @@ def step_aware_plan(
                 with_activation_bits(plan, [width] * plan.n_steps),
                 calibration.observations,
             ),
-            calibration,
+            calibration.trajectories,
             work=work,
             progress=progress,
         )
@@ -522,7 +526,9 @@ def quantize_to_file(
         work=folder,
         progress=progress,
     )
-    model = _store(found, calibration, out, folder, correction=correction, progress=progress)
+    model = _store(
+        found, calibration.trajectories, out, folder, correction=correction, progress=progress
+    )
     if work is None:
         shutil.rmtree(folder, ignore_errors=True)
     return model
@@ -540,21 +546,29 @@ def finetune_file(
     work: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizedModel:
-    """Train a stored quantized model further and store the result; see `finetune`."""
+    """Train a stored quantized model further and store the result; see `finetune`.
+
+    What is told of it and its correction are measured on trajectories it was not trained on.
+    """
     out = Path(out)
     _check_file(out)
     stored = load_quantized(Path(quantized), denoiser)
     folder = out.parent / f".{out.name}.work" if work is None else Path(work)
-    calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
+    seen, unseen = (
+        collect_trajectories(
+            denoiser, n_runs, seed=each, work=folder, progress=stage("trajectories", progress)
+        )
+        for n_runs, each in ((samples, seed), (DEFAULT_SAMPLES, seed ^ UNSEEN_SEED))
+    )
     found = finetune(
         Quantization(stored.quantized, generator=stored.generator),
-        calibration,
+        seen,
         settings=settings,
         seed=seed,
         work=folder,
         progress=progress,
     )
-    model = _store(found, calibration, out, folder, correction=correction, progress=progress)
+    model = _store(found, unseen, out, folder, correction=correction, progress=progress)
     if work is None:
         shutil.rmtree(folder, ignore_errors=True)
     return model
@@ -567,7 +581,7 @@ def _check_file(out: Path) -> None:
 
 def _store(
     found: Quantization,
-    calibration: Calibration,
+    trajectories: Trajectories,
     out: Path,
     work: Path,
     *,
@@ -575,7 +589,7 @@ def _store(
     progress: Progress | None,
 ) -> QuantizedModel:
     quantized = found.quantized
-    statistics = measure(quantized, calibration, work=work, progress=progress)
+    statistics = measure(quantized, trajectories, work=work, progress=progress)
     schedule = (
         correct_schedule(quantized.denoiser.program, statistics, correction_key(quantized))
         if correction

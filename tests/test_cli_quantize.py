@@ -247,7 +247,7 @@ def test_a_correction_that_a_file_lacks_is_measured(
         pipeline.emit(denoiser, tmp_path / "out", quantized=file, samples=samples, **options)
     pipeline.emit(denoiser, tmp_path / "out", quantized=file, correction=False)
     calibration = pipeline.calibrate(denoiser, samples=samples)
-    wanted = pipeline.correct(load_quantized(file, denoiser).quantized, calibration)
+    wanted = pipeline.correct(load_quantized(file, denoiser).quantized, calibration.trajectories)
     first, other, again, none = found
     assert first == again == wanted
     assert other is not None

@@ -62,7 +62,7 @@ def quantized(body: str = "w4a8") -> QuantizedDenoiser:
 
 
 def snr_db(found: QuantizedDenoiser) -> tuple[float, ...]:
-    return stages.measure(found, small()[1]).snr_db
+    return stages.measure(found, small()[1].trajectories).snr_db
 
 
 def same(one: QuantizedDenoiser, other: QuantizedDenoiser) -> bool:
@@ -237,25 +237,28 @@ def test_embeddings_become_tables_where_these_are_smaller(tmp_path: Path, steps:
 def test_a_measurement_is_kept_and_named_where_it_was_edited(tmp_path: Path) -> None:
     calibration = small()[1]
     told = Told()
-    first = stages.measure(quantized(), calibration, work=tmp_path, progress=told)
+    first = stages.measure(quantized(), calibration.trajectories, work=tmp_path, progress=told)
     assert told.stages == ["correct"]
     (file,) = tmp_path.glob("noise-*.st")
     again = Told()
-    assert stages.measure(quantized(), calibration, work=tmp_path, progress=again) == first
+    assert (
+        stages.measure(quantized(), calibration.trajectories, work=tmp_path, progress=again)
+        == first
+    )
     assert again.stages == []
-    stages.measure(quantized("w8a8"), calibration, work=tmp_path)
+    stages.measure(quantized("w8a8"), calibration.trajectories, work=tmp_path)
     assert len(list(tmp_path.glob("noise-*.st"))) == 2
     data = file.read_bytes()
     file.write_bytes(data.replace(b"0", b"1", 3))
     with pytest.raises(StorageError) as caught:
-        stages.measure(quantized(), calibration, work=tmp_path)
+        stages.measure(quantized(), calibration.trajectories, work=tmp_path)
     assert (caught.value.code, caught.value.path) == ("EQ-6201", str(file))
 
 
 def test_the_measured_error_is_that_of_the_two_networks() -> None:
     """Teacher-forced: both are fed the float model's own samples."""
     runs = small()[1].trajectories
-    found = stages.measure(quantized(), small()[1])
+    found = stages.measure(quantized(), small()[1].trajectories)
     for step in range(STEPS):
         answer = quantized().predict(runs.inputs[step], step, runs.conditioning)
         mean = (answer - runs.outputs[step]).double().mean((0, 2, 3))
@@ -268,7 +271,7 @@ def test_the_measured_error_is_that_of_the_two_networks() -> None:
 
 
 def test_a_correction_is_keyed_to_its_network() -> None:
-    schedule = stages.correct(quantized(), small()[1])
+    schedule = stages.correct(quantized(), small()[1].trajectories)
     assert schedule.key == correction_key(quantized())
     assert len(schedule.gain) == STEPS
     assert schedule.key != correction_key(quantized("w8a8"))
@@ -276,22 +279,22 @@ def test_a_correction_is_keyed_to_its_network() -> None:
 
 def test_the_corrector_decides_what_is_corrected() -> None:
     nothing = Ptqd(gain=False, bias=False, variance=False)
-    schedule = stages.correct(quantized(), small()[1], corrector=nothing)
+    schedule = stages.correct(quantized(), small()[1].trajectories, corrector=nothing)
     assert set(schedule.gain) == {1.0}
     assert {value for row in schedule.bias for value in row} == {0.0}
     pairs = zip(schedule.noise_std, small()[0].program.noise_std, strict=True)
     assert all(row == pytest.approx([plain] * len(row)) for row, plain in pairs)
-    assert stages.correct(quantized(), small()[1]) != schedule
+    assert stages.correct(quantized(), small()[1].trajectories) != schedule
 
 
 def test_the_closed_loop_measures_again_along_other_samples() -> None:
-    one = stages.correct(quantized(), small()[1])
-    other = stages.correct(quantized(), small()[1], closed_loop=True)
+    one = stages.correct(quantized(), small()[1].trajectories)
+    other = stages.correct(quantized(), small()[1].trajectories, closed_loop=True)
     assert other.key == one.key
     assert other.gain != one.gain
     # The same network and nearly the same samples.
     assert other.gain == pytest.approx(one.gain, abs=0.05)
-    assert stages.correct(quantized(), small()[1], closed_loop=True) == other
+    assert stages.correct(quantized(), small()[1].trajectories, closed_loop=True) == other
 
 
 # Plans that are measured or searched.
@@ -303,7 +306,7 @@ def rule(denoiser: Denoiser, calibration: Calibration, plan: DeploymentPlan) -> 
     for bits in (4, 8):
         flat = with_activation_bits(plan, [bits] * plan.n_steps)
         mine = quantizer.quantize(denoiser, flat, calibration.observations)
-        statistics[bits] = stages.measure(mine, calibration)
+        statistics[bits] = stages.measure(mine, calibration.trajectories)
     levels = noise_levels(denoiser.program)
     found = activation_bits_by_step(denoiser.program, levels, statistics)
     return contiguous(found, min_run=stages.SHORTEST_PHASE)
@@ -400,16 +403,18 @@ def test_group_sizes_are_searched_and_go_on_from_their_folder(tmp_path: Path) ->
 
 def test_finetuning_keeps_plan_and_blocks_and_loses_nothing() -> None:
     before = Quantization(quantized(), blocks=())
-    found = stages.finetune(before, small()[1], settings=TRAINING)
+    found = stages.finetune(before, small()[1].trajectories, settings=TRAINING)
     assert found.quantized.plan == quantized().plan
     assert not same(found.quantized, quantized())
-    again = stages.finetune(before, small()[1], settings=TRAINING)
+    again = stages.finetune(before, small()[1].trajectories, settings=TRAINING)
     assert same(found.quantized, again.quantized)
 
 
 def test_finetuning_with_temporal_networks_gives_a_generator() -> None:
     settings = FinetuneSettings(iterations=40, batch=16, temporal=True, lr_weight=3e-3)
-    found = stages.finetune(Quantization(quantized("w4a4")), small()[1], settings=settings)
+    found = stages.finetune(
+        Quantization(quantized("w4a4")), small()[1].trajectories, settings=settings
+    )
     assert found.generator is not None
     tables = found.generator.tabulate(found.quantized.parameters, small()[0].program.timesteps)
     again = quantizer.assemble(small()[0], plan_of("w4a4"), tables)
@@ -452,7 +457,7 @@ def test_a_file_is_what_the_stages_make_one_by_one(whole: stages.QuantizedModel)
     direct = stages.quantize(*small(), plan=plan_of(), method=LEARNED)
     held = load_quantized(whole.file, small()[0])
     assert same(held.quantized, direct.quantized)
-    assert held.correction == stages.correct(direct.quantized, small()[1])
+    assert held.correction == stages.correct(direct.quantized, small()[1].trajectories)
     assert held.generator is None
     assert whole.snr_db == snr_db(direct.quantized)
     names = [block.name for block in whole.blocks]
@@ -590,7 +595,7 @@ def test_a_generator_outlives_a_training_that_did_not_help(
 
 def test_a_correction_of_another_plan_is_refused(tmp_path: Path) -> None:
     """P10, I5: written into a file by hand, the correction at 8 bits does not pass for 4."""
-    schedule = stages.correct(quantized("w8a8"), small()[1])
+    schedule = stages.correct(quantized("w8a8"), small()[1].trajectories)
     file = tmp_path / "mixed.safetensors"
     save_quantized(quantized(), file, correction=schedule)
     with pytest.raises(InputError) as refused:

@@ -120,7 +120,11 @@ def feature_fid(pixels: NDArray[np.uint8]) -> float:
         pixels: uint8 [N, 32, 32, 1], N >= 65 for a covariance of full rank.
     """
     check_fid_images(len(pixels))
-    features, _ = garment_features(pixels)
+    return fid_of_features(garment_features(pixels)[0])
+
+
+def fid_of_features(features: NDArray[np.float64]) -> float:
+    """`feature_fid` of images whose features [N, 64] are known."""
     _, mean, covariance = _classifier()
     return frechet_distance(features.mean(0), np.cov(features, rowvar=False), mean, covariance)
 

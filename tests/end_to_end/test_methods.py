@@ -43,7 +43,7 @@ class Prepared:
         """Teacher-forced: mean over the steps of error energy over signal energy."""
         plan = self.plan(body)
         found = pipeline.quantize(self.denoiser, self.calibration, plan=plan, method=method)
-        ratios = pipeline.measure(found.quantized, self.calibration).snr_db
+        ratios = pipeline.measure(found.quantized, self.calibration.trajectories).snr_db
         return sum(10 ** (-ratio / 10) for ratio in ratios) / len(ratios)
 
 
@@ -107,7 +107,7 @@ def test_eight_bits_are_close_to_float() -> None:
         model = tiny(kind)
         method = pipeline.Method(ranges="minmax")
         found = pipeline.quantize(model.denoiser, model.calibration, method=method)
-        assert min(pipeline.measure(found.quantized, model.calibration).snr_db) > 24.0
+        assert min(pipeline.measure(found.quantized, model.calibration.trajectories).snr_db) > 24.0
 
 
 def free_run(predict: Callable[[Tensor, int, Tensor], Tensor], denoiser: Denoiser) -> Tensor:
@@ -159,7 +159,7 @@ def test_every_policy_on_either_network_comes_back_from_its_file(
     assert held.quantized.plan == plan
     pairs = zip(predictions(held.quantized), predictions(direct.quantized), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
-    assert held.correction == pipeline.correct(direct.quantized, model.calibration)
+    assert held.correction == pipeline.correct(direct.quantized, model.calibration.trajectories)
     assert len(stored.snr_db) == STEPS
 
 

@@ -94,7 +94,7 @@ def predictions(quantized: QuantizedDenoiser) -> list[Tensor]:
 
 
 def mean_snr(quantized: QuantizedDenoiser, calibration: stages.Calibration) -> float:
-    found = stages.measure(quantized, calibration).snr_db
+    found = stages.measure(quantized, calibration.trajectories).snr_db
     return sum(found) / len(found)
 
 
@@ -372,7 +372,7 @@ def test_a_model_at_other_steps_is_stored_and_moved_again(tmp_path: Path) -> Non
 
 
 def test_a_correction_stays_behind(tmp_path: Path) -> None:
-    schedule = stages.correct(generated(), small()[1])
+    schedule = stages.correct(generated(), small()[1].trajectories)
     file = stored(tmp_path, generated(), generator=fitted(), correction=schedule)
     assert load_quantized(file, small()[0]).correction == schedule
     assert retabulate(file, denoiser_of(9)).correction is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +16,7 @@ from typer.testing import CliRunner
 
 from edgeqdm import load, pipeline
 from edgeqdm.models.denoiser import Denoiser
-from edgeqdm.quantize.finetune import Finetuned, FinetuneSettings, finetune
-from edgeqdm.quantize.quantizer import precision_digest
+from edgeqdm.quantize.finetune import FinetuneSettings
 from edgeqdm.testing.tiny import write_tiny_dit
 
 FILE = Path(__file__).parents[2] / "tools" / "benchmarks" / "ablation.py"
@@ -80,22 +78,6 @@ def test_float_images_of_one_model_are_not_those_of_another(
     measured(1, shared)
     assert {path.name for path in shared.iterdir()} == kept
     assert len(kept) == 2
-
-
-def test_training_is_that_of_the_pipeline_and_tells_all_its_time(
-    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, calibration, before = tiny()
-    found, minutes = ablation.train_timed(before, calibration, TRAINING, tmp_path)
-    same = pipeline.finetune(before, calibration, settings=TRAINING)
-    assert precision_digest(found.quantized) == precision_digest(same.quantized)
-    assert 0 < minutes < 5
-
-    def resumed(*given: Any, **named: Any) -> Finetuned:
-        return replace(finetune(*given, **named), seconds=600.0)
-
-    monkeypatch.setattr("edgeqdm.quantize.finetune.finetune", resumed)
-    assert ablation.train_timed(before, calibration, TRAINING, tmp_path)[1] == 10.0
 
 
 def test_the_time_of_a_kept_selection_is_told_again(

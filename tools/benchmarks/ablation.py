@@ -38,6 +38,7 @@ SELECTED = 512
 IMAGE_SEEDS = (2**48, 2**48 + 1, 2**48 + 2)
 FID_SEED = 2**48 + 10
 CALIBRATION_SEED = 0
+RESAMPLED = 100
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def compute(
     import torch
 
     from edgeqdm import load, pipeline
+    from edgeqdm.calibrate.trajectories import collect_trajectories
     from edgeqdm.correct.corrector import Ptqd
     from edgeqdm.quantize.finetune import FinetuneSettings
     from edgeqdm.quantize.store import save_quantized
@@ -147,18 +149,17 @@ def compute(
     calibration = pipeline.calibrate(denoiser, samples=RUNS, seed=CALIBRATION_SEED, work=work)
     found, minutes = quantize_timed(denoiser, calibration, width, row, work, options)
     if row.tuned:
-        wide = pipeline.calibrate(
-            denoiser, samples=TRAINING_RUNS, seed=CALIBRATION_SEED + 1, work=work
-        )
+        seen = collect_trajectories(denoiser, TRAINING_RUNS, seed=CALIBRATION_SEED + 1, work=work)
         settings = FinetuneSettings(minutes=options["minutes"])
-        found, trained = train_timed(found, wide, settings, work)
-        minutes += trained
-    quantized = found.quantized
-    statistics = pipeline.measure(quantized, calibration, work=work)
+        found = pipeline.finetune(found, seen, settings=settings, work=work)
+        assert found.training is not None
+        minutes += found.training.seconds / 60
+    quantized, trajectories = found.quantized, calibration.trajectories
+    statistics = pipeline.measure(quantized, trajectories, work=work)
     correction = None
     if row.correct:
         corrector = Ptqd(**{part: part in row.correct for part in ("gain", "bias", "variance")})
-        correction = pipeline.correct(quantized, calibration, corrector=corrector, work=work)
+        correction = pipeline.correct(quantized, trajectories, corrector=corrector, work=work)
     file = work / f"row-{os.getpid()}.safetensors"
     stored = save_quantized(quantized, file)
     file.unlink()
@@ -173,34 +174,9 @@ def compute(
         **measure_images(quantized, correction, work, options),
     }
     if fid_wanted(row, width):
-        result["feature_fid"] = measure_fid(denoiser, quantized, correction, options["fid"])
+        result |= measure_fid(denoiser, quantized, correction, work, options["fid"])
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
-
-
-def train_timed(found: Any, calibration: Any, settings: Any, work: Path) -> tuple[Any, float]:
-    """`pipeline.finetune`, and the CPU minutes it takes, those before an interruption included.
-
-    What goes on where it was stopped is told by its iterations alone: the little that is computed
-    before and after them is not kept.
-    """
-    from edgeqdm.pipeline import Quantization
-    from edgeqdm.quantize import quantizer
-    from edgeqdm.quantize.finetune import finetune
-
-    before, start = found.quantized, time.process_time()
-    tuned = finetune(
-        before.denoiser,
-        before.plan,
-        before.parameters,
-        calibration.trajectories,
-        settings=settings,
-        generator=found.generator,
-        work=work,
-    )
-    after = quantizer.assemble(before.denoiser, before.plan, tuned.parameters)
-    seconds = max(time.process_time() - start, tuned.seconds)
-    return Quantization(after, found.blocks, tuned.generator), seconds / 60
 
 
 def quantize_timed(
@@ -225,17 +201,27 @@ def quantize_timed(
     plan = plan_of(denoiser, width, row)
     if row.step_aware:
         plan = pipeline.step_aware_plan(denoiser, calibration, plan)
-    if row.reconstruct:
-        # A kept selection does not tell what it took: this one is made for its time alone.
-        pipeline.select_samples(denoiser, calibration, method)
     planned = time.process_time() - start
     if row.reconstruct:
+        planned += select_timed(denoiser, calibration, method, work)
         pipeline.quantize(denoiser, calibration, plan=plan, method=method, work=work)
     start = time.process_time()
     # Blocks are all finished now, and tell their own time, whichever row paid it.
     found = pipeline.quantize(denoiser, calibration, plan=plan, method=method, work=work)
     rest = time.process_time() - start
     return found, (planned + rest + sum(block.seconds for block in found.blocks)) / 60
+
+
+def select_timed(denoiser: Any, calibration: Any, method: Any, work: Path) -> float:
+    """CPU seconds of choosing samples, which is done once and kept with its time."""
+    from edgeqdm import pipeline
+
+    told = work / f"selection-{'density' if method.density else 'even'}.seconds"
+    if not told.exists():
+        start = time.process_time()
+        pipeline.select_samples(denoiser, calibration, method)
+        told.write_text(str(time.process_time() - start))
+    return float(told.read_text())
 
 
 def plan_of(denoiser: Any, width: str, row: Row) -> Any:
@@ -262,7 +248,10 @@ def fid_wanted(row: Row, width: str) -> bool:
 def measure_images(
     quantized: Any, correction: Any, work: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Image SQNR of every seed, and its mean and spread."""
+    """Image SQNR of every seed, of all images together and of the median image.
+
+    The first is decided by the few images that end somewhere else altogether.
+    """
     from edgeqdm.bench.compare import (
         conditioning_for,
         draw,
@@ -271,14 +260,12 @@ def measure_images(
         reference_predictor,
     )
     from edgeqdm.bench.quality import sqnr_db
-    from edgeqdm.ir.codec import digest
 
     denoiser, images = quantized.denoiser, options["images"]
-    model, sampler = (digest(part)[:12] for part in (denoiser.info, denoiser.program))
-    found = []
+    found, medians = [], []
     for seed in IMAGE_SEEDS:
         fed = conditioning_for(denoiser, images, seed)
-        file = work / f"images-{model}-{sampler}-{images}-{seed}.npy"
+        file = work / f"images-{named_after(denoiser)}-{images}-{seed}.npy"
         if not file.exists():
             reference = draw(player_of(denoiser), float_predictor(denoiser), fed, images, seed)
             partial = work / f"images-{os.getpid()}.npy"
@@ -287,16 +274,27 @@ def measure_images(
         drawn = draw(
             player_of(denoiser, correction), reference_predictor(quantized), fed, images, seed
         )
-        found.append(sqnr_db(np.load(file), drawn))
+        wanted = np.load(file)
+        found.append(sqnr_db(wanted, drawn))
+        medians.append(
+            float(np.median([sqnr_db(*pair) for pair in zip(wanted, drawn, strict=True)]))
+        )
     return {
         "image_sqnr_db": found,
         "image_sqnr_mean_db": float(np.mean(found)),
         "image_sqnr_spread_db": float(np.max(found) - np.min(found)),
+        "median_image_sqnr_db": medians,
     }
 
 
-def measure_fid(denoiser: Any, quantized: Any | None, correction: Any, images: int) -> float:
-    """Feature-FID of the quantized model, or of the float one where there is none."""
+def measure_fid(
+    denoiser: Any, quantized: Any | None, correction: Any, work: Path, images: int
+) -> dict[str, float]:
+    """Feature-FID of the quantized model, or of the float one where there is none.
+
+    With the features of the float model's images at hand, also the relative change, and what it
+    varies by where images are drawn again with replacement, the same ones for both models.
+    """
     from edgeqdm.bench.compare import (
         conditioning_for,
         draw,
@@ -304,16 +302,36 @@ def measure_fid(denoiser: Any, quantized: Any | None, correction: Any, images: i
         player_of,
         reference_predictor,
     )
-    from edgeqdm.bench.quality import feature_fid
+    from edgeqdm.bench.quality import fid_of_features, garment_features
     from edgeqdm.emit import playback
 
     player = player_of(denoiser, correction)
     evaluate = float_predictor(denoiser) if quantized is None else reference_predictor(quantized)
     fed = conditioning_for(denoiser, images, FID_SEED)
-    return feature_fid(playback.decode(player, draw(player, evaluate, fed, images, FID_SEED)))
+    drawn = draw(player, evaluate, fed, images, FID_SEED)
+    features, _ = garment_features(playback.decode(player, drawn))
+    found = {"feature_fid": fid_of_features(features)}
+    kept = work / f"features-{named_after(denoiser)}-{images}.npy"
+    if quantized is None:
+        work.mkdir(parents=True, exist_ok=True)
+        np.save(kept, features)
+    elif kept.exists():
+        reference, chance = np.load(kept), np.random.default_rng(0)
+        found["feature_fid_change"] = found["feature_fid"] / fid_of_features(reference) - 1
+        again = [chance.integers(0, images, images) for _ in range(RESAMPLED)]
+        changes = [fid_of_features(features[k]) / fid_of_features(reference[k]) for k in again]
+        found["feature_fid_change_spread"] = float(np.std(changes))
+    return found
 
 
-def compute_float(model: str, eta: float, options: dict[str, Any]) -> dict[str, Any]:
+def named_after(denoiser: Any) -> str:
+    """Tells models and samplers apart in names of files."""
+    from edgeqdm.ir.codec import digest
+
+    return f"{digest(denoiser.info)[:12]}-{digest(denoiser.program)[:12]}"
+
+
+def compute_float(model: str, eta: float, work: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The float model's own feature-FID, and its weights."""
     import torch
 
@@ -323,7 +341,7 @@ def compute_float(model: str, eta: float, options: dict[str, Any]) -> dict[str, 
     denoiser = load(f"reference:{model}", steps=STEPS, eta=eta)
     state = denoiser.module.state_dict().values()
     return {
-        "feature_fid": measure_fid(denoiser, None, None, options["fid"]),
+        **measure_fid(denoiser, None, None, work / f"{model}-{eta:g}", options["fid"]),
         "weight_bytes": sum(p.numel() * p.element_size() for p in state),
     }
 
@@ -344,7 +362,7 @@ class Task:
         return key_of(self.model, self.width, self.eta, self.row)
 
     def named(self, names: Sequence[str] | None) -> bool:
-        return not names or (self.row is not None and self.row.name in names)
+        return not names or self.row is None or self.row.name in names
 
 
 def lanes(
@@ -388,7 +406,7 @@ def row(model: str, width: str, eta: float, name: str, work: Path, options: str)
     """Compute one row and print it as JSON; used by `table`."""
     asked = json.loads(options)
     if not name:
-        print(json.dumps(compute_float(model, eta, asked)))
+        print(json.dumps(compute_float(model, eta, work, asked)))
         return
     chosen = next(each for each in rows_of(model, width) if each.name == name)
     print(json.dumps(compute(model, width, eta, chosen, work, asked)))
@@ -512,19 +530,19 @@ def commit() -> str:
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:
-    for name, verdict in verdicts(report).items():
-        report["rows"][name]["against_before"] = verdict
+    for name, told in verdicts(report).items():
+        report["rows"][name] |= told
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".tmp")
     partial.write_text(json.dumps(report, indent=1) + "\n")
     partial.replace(file)
 
 
-def verdicts(report: dict[str, Any]) -> dict[str, str]:
-    """For every row with a predecessor: its change of image SQNR, seed by seed, and its spread."""
+def verdicts(report: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """For every row with a predecessor: how image SQNR changed, seed by seed, and its spread."""
     found = {}
     rows = report["rows"]
-    for name in rows:
+    for name, mine in rows.items():
         model, width, eta, own = name.split("/", 3)
         if width == "float":
             continue
@@ -532,14 +550,23 @@ def verdicts(report: dict[str, Any]) -> dict[str, str]:
         index = [each.name for each in ladder].index(own)
         before = ladder[index].after or (ladder[index - 1].name if index else None)
         other = rows.get(f"{model}/{width}/{eta}/{before}")
-        if other is None or "error" in other or "error" in rows[name]:
+        if other is None or "error" in other or "error" in mine:
             continue
-        pairs = zip(rows[name]["image_sqnr_db"], other["image_sqnr_db"], strict=True)
-        change = np.array([mine - theirs for mine, theirs in pairs])
-        inside = abs(change.mean()) <= 2 * change.std(ddof=1) / len(change) ** 0.5
-        note = " (inside the spread)" if inside else ""
-        found[name] = f"{change.mean():+.2f} +- {change.std(ddof=1):.2f} dB{note}"
+        found[name] = {
+            "against_before": verdict(mine["image_sqnr_db"], other["image_sqnr_db"]),
+            "median_against_before": verdict(
+                mine["median_image_sqnr_db"], other["median_image_sqnr_db"]
+            ),
+        }
     return found
+
+
+def verdict(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """Mean change over seeds and its standard deviation, in words."""
+    change = np.subtract(mine, theirs)
+    inside = abs(change.mean()) <= 2 * change.std(ddof=1) / len(change) ** 0.5
+    note = " (inside the spread)" if inside else ""
+    return f"{change.mean():+.2f} +- {change.std(ddof=1):.2f} dB{note}"
 
 
 def draw_figure(report: dict[str, Any], file: Path) -> None:

@@ -194,7 +194,7 @@ def measure(
         variants: list[Variant] = []
         for name, plan in our_plans(denoiser, backend.name).items():
             quantized = pipeline.quantize(denoiser, calibration, plan=plan).quantized
-            correction = pipeline.correct(quantized, calibration, work=work)
+            correction = pipeline.correct(quantized, calibration.trajectories, work=work)
             package = folder / name
             emit_package(quantized, backend, package, correction=correction)
             variants.append(
