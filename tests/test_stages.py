@@ -550,14 +550,27 @@ def test_a_finetuned_file_has_a_correction_of_its_own(
     assert [path.name for path in tuned.file.parent.iterdir()] == [tuned.file.name]
 
 
-@pytest.mark.parametrize("name", ["observe", "finetune", "correct"])
+def test_a_finetuned_file_is_measured_on_trajectories_it_was_not_trained_on(
+    tuned: stages.QuantizedModel,
+) -> None:
+    denoiser = small()[0]
+    quantized = load_quantized(tuned.file, denoiser).quantized
+    seen, unseen = (
+        stages.collect_trajectories(denoiser, stages.DEFAULT_SAMPLES, seed=seed)
+        for seed in (0, stages.UNSEEN_SEED)
+    )
+    assert tuned.snr_db == stages.measure(quantized, unseen).snr_db
+    assert tuned.snr_db != stages.measure(quantized, seen).snr_db
+
+
+@pytest.mark.parametrize(("name", "at"), [("trajectories", 1), ("finetune", 3), ("correct", 3)])
 def test_an_interrupted_training_leaves_nothing_and_ends_identical(
-    whole: stages.QuantizedModel, tuned: stages.QuantizedModel, tmp_path: Path, name: str
+    whole: stages.QuantizedModel, tuned: stages.QuantizedModel, tmp_path: Path, name: str, at: int
 ) -> None:
     """I10."""
     out = tmp_path / "tuned.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        tune(whole.file, out, progress=Told(name, at=3))
+        tune(whole.file, out, progress=Told(name, at=at))
     assert not out.exists()
     tune(whole.file, out)
     assert out.read_bytes() == tuned.file.read_bytes()
