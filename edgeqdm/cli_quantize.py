@@ -85,6 +85,7 @@ def plan(
             from edgeqdm import pipeline
             from edgeqdm.emit.writer import check_file_destination, write_file_atomically
             from edgeqdm.ir.codec import dump_record
+            from edgeqdm.stages import working_folder
 
             if not step_aware and not search_groups:
                 refuse_idle(
@@ -107,7 +108,7 @@ def plan(
             )
         found = pipeline.rule_plan(denoiser, target, body=body, embedding=embedded)
         runs = pipeline.DEFAULT_SAMPLES if samples is None else samples
-        with pipeline.working_folder(out, work) as folder:
+        with working_folder(out, work) as folder:
             if step_aware or search_groups:
                 calibration = pipeline.calibrate(
                     denoiser, samples=runs, seed=seed or 0, work=folder, progress=progress

@@ -9,13 +9,10 @@ folder and go on from it.
 from __future__ import annotations
 
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,6 +76,7 @@ from edgeqdm.stages import (
     select_samples,
     stage,
     step_aware_plan,
+    working_folder,
 )
 
 __all__ = [
@@ -165,21 +163,6 @@ def emit(
             else _corrected(stored, n_runs, seed or 0, correction, folder, progress)
         )
         return _emit(found, schedule, backend, out, force=force, progress=progress)
-
-
-@contextmanager
-def working_folder(out: Path, work: str | Path | None) -> Iterator[Path]:
-    """Where finished parts are kept: in `work`, or in a hidden sibling of `out`.
-
-    The sibling is removed when the block ends well; after an error or Ctrl-C, the same call goes
-    on from it.
-    """
-    if work is not None:
-        yield Path(work)
-        return
-    folder = out.parent / f".{out.name}.work"
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_calibration(samples: int | None, seed: int | None, correction: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -515,23 +516,21 @@ def quantize_to_file(
     out = Path(out)
     _check_file(out)
     quantizer.check_plan(denoiser, plan)
-    folder = out.parent / f".{out.name}.work" if work is None else Path(work)
-    calibration = calibrate(denoiser, samples=samples, seed=seed, work=folder, progress=progress)
-    found = quantize(
-        denoiser,
-        calibration,
-        plan=plan,
-        method=method,
-        seed=seed,
-        work=folder,
-        progress=progress,
-    )
-    model = _store(
-        found, calibration.trajectories, out, folder, correction=correction, progress=progress
-    )
-    if work is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return model
+    with working_folder(out, work) as folder:
+        calibration = calibrate(
+            denoiser, samples=samples, seed=seed, work=folder, progress=progress
+        )
+        found = quantize(
+            denoiser,
+            calibration,
+            plan=plan,
+            method=method,
+            seed=seed,
+            work=folder,
+            progress=progress,
+        )
+        runs = calibration.trajectories
+        return _store(found, runs, out, folder, correction=correction, progress=progress)
 
 
 def finetune_file(
@@ -553,25 +552,36 @@ def finetune_file(
     out = Path(out)
     _check_file(out)
     stored = load_quantized(Path(quantized), denoiser)
-    folder = out.parent / f".{out.name}.work" if work is None else Path(work)
-    seen, unseen = (
-        collect_trajectories(
-            denoiser, n_runs, seed=each, work=folder, progress=stage("trajectories", progress)
+    with working_folder(out, work) as folder:
+        told = stage("trajectories", progress)
+        seen, unseen = (
+            collect_trajectories(denoiser, n_runs, seed=each, work=folder, progress=told)
+            for n_runs, each in ((samples, seed), (DEFAULT_SAMPLES, seed ^ UNSEEN_SEED))
         )
-        for n_runs, each in ((samples, seed), (DEFAULT_SAMPLES, seed ^ UNSEEN_SEED))
-    )
-    found = finetune(
-        Quantization(stored.quantized, generator=stored.generator),
-        seen,
-        settings=settings,
-        seed=seed,
-        work=folder,
-        progress=progress,
-    )
-    model = _store(found, unseen, out, folder, correction=correction, progress=progress)
-    if work is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return model
+        found = finetune(
+            Quantization(stored.quantized, generator=stored.generator),
+            seen,
+            settings=settings,
+            seed=seed,
+            work=folder,
+            progress=progress,
+        )
+        return _store(found, unseen, out, folder, correction=correction, progress=progress)
+
+
+@contextmanager
+def working_folder(out: Path, work: str | Path | None) -> Iterator[Path]:
+    """Where finished parts are kept: in `work`, or in a hidden sibling of `out`.
+
+    The sibling is removed when the block ends well; after an error or Ctrl-C, the same call goes
+    on from it.
+    """
+    if work is not None:
+        yield Path(work)
+        return
+    folder = out.parent / f".{out.name}.work"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_file(out: Path) -> None:
