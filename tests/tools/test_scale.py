@@ -83,7 +83,11 @@ def test_plan_has_the_choices_that_emit_makes(
     assert set(precisions.values()) == {"w4a8", "fp32", "w8", "table"}
 
 
-def test_an_unknown_size_is_refused(scale: ModuleType, tmp_path: Path) -> None:
+def test_an_unknown_size_is_refused(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Or the full model would be measured.
+    monkeypatch.setattr(scale, "run_row", pytest.fail)
     result = CliRunner().invoke(command(scale), ["--size", "tinny", "-o", str(tmp_path / "x.json")])
     assert result.exit_code == 2
     assert "there is no size 'tinny'; known: full, quarter, tiny" in result.output
