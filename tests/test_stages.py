@@ -528,6 +528,20 @@ def test_work_that_is_named_is_kept_and_used_again(
     assert out.read_bytes() == whole.file.read_bytes()
 
 
+def test_bits_by_step_are_learned_stored_and_trained(tmp_path: Path) -> None:
+    """Phases share their weights: in finished work, in the file, in training."""
+    steps = small()[0].program.n_steps
+    plan = with_activation_bits(plan_of("w4a8"), [4] * 2 + [8] * (steps - 2))
+    out = tmp_path / "phases.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        to_file(out, plan=plan, progress=Told("correct", at=1))
+    model = to_file(out, plan=plan)
+    assert model.blocks
+    assert load_quantized(out, small()[0]).quantized.plan == plan
+    again = tune(out, tmp_path / "tuned.safetensors")
+    assert again.plan == plan
+
+
 def test_a_failing_plan_is_refused_before_any_work(tmp_path: Path) -> None:
     plan = plan_of().model_copy(update={"model": "f" * 64})
     told = Told()

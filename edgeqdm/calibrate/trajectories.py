@@ -165,7 +165,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {_CHECKSUM: checksum(tensors)})
+        save_file(_apart(tensors), partial, {_CHECKSUM: checksum(tensors)})
         os.replace(partial, file)
     except (OSError, SafetensorError) as problem:
         raise OutputError(
@@ -178,6 +178,17 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         # Its folder may be no folder: that is told by the error above.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values; safetensors refuses tensors that share memory, as phases share weights."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def load_tensors(file: Path) -> dict[str, Tensor] | None:

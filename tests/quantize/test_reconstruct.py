@@ -444,10 +444,11 @@ def test_result_that_is_no_better_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(mine.weight.codes, before.layers[variant].weight.codes)
 
 
-def test_phases_of_different_bits_learn_their_own_scales() -> None:
+def test_phases_of_different_bits_learn_their_own_scales(tmp_path: Path) -> None:
     """C9: one weight; the table of each width is learned on its steps."""
     plan, before, selection = prepared("w4a8", (4, 8, 8))
-    found = reconstruct(toy(), plan, before, selection, settings=FAST)
+    found = reconstruct(toy(), plan, before, selection, settings=FAST, work=tmp_path)
+    assert_same(reconstruct(toy(), plan, before, selection, settings=FAST, work=tmp_path), found)
     by_layer: dict[str, list[Tensor]] = {}
     for variant, mine in found.parameters.layers.items():
         by_layer.setdefault(variant.layer, []).append(mine.weight.codes)
