@@ -586,13 +586,16 @@ def draw_figure(report: dict[str, Any], file: Path) -> None:
 
 
 def draw_panel(axis: Any, report: dict[str, Any], model: str, eta: str) -> None:
+    # The longest ladder holds the rows of all, in their order.
+    every = max(([row.name for row in rows_of(model, width)] for width in WIDTHS), key=len)
+    axis.set_xticks(range(len(every)), every)
     for width in WIDTHS:
-        names = [each.name for each in rows_of(model, width)]
-        found = [report["rows"].get(f"{model}/{width}/{eta}/{name}", {}) for name in names]
-        shown = [(n, r) for n, r in zip(names, found, strict=True) if "image_sqnr_db" in r]
-        means = [r["image_sqnr_mean_db"] for _, r in shown]
-        spread = [r["image_sqnr_spread_db"] / 2 for _, r in shown]
-        axis.errorbar([n for n, _ in shown], means, spread, marker="o", capsize=3, label=width)
+        found = [report["rows"].get(f"{model}/{width}/{eta}/{name}", {}) for name in every]
+        shown = [(x, row) for x, row in enumerate(found) if "image_sqnr_db" in row]
+        if shown:
+            means = [row["image_sqnr_mean_db"] for _, row in shown]
+            spread = [row["image_sqnr_spread_db"] / 2 for _, row in shown]
+            axis.errorbar([x for x, _ in shown], means, spread, marker="o", capsize=3, label=width)
     axis.set_title(f"{model}, DDIM-{STEPS}, {eta}")
     axis.set_ylabel("image SQNR, dB")
     axis.tick_params(axis="x", rotation=30)
