@@ -55,7 +55,7 @@ from edgeqdm.models.load import load
 from edgeqdm.quantize import quantizer
 from edgeqdm.quantize.plans import float_plan
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
-from edgeqdm.quantize.store import Stored, load_quantized
+from edgeqdm.quantize.store import load_quantized
 from edgeqdm.stages import (
     DEFAULT_SAMPLES,
     DEFAULT_TARGET,
@@ -155,13 +155,20 @@ def emit(
     chosen = plan or (rule_plan(denoiser, target) if stored is None else stored.quantized.plan)
     quantizer.check_plan(denoiser, chosen)
     check_plan(chosen, denoiser.info, backend)
-    n_runs = DEFAULT_SAMPLES if samples is None else samples
+    n_runs, seed = DEFAULT_SAMPLES if samples is None else samples, seed or 0
+    schedule = None if stored is None or not correction else stored.correction
     with working_folder(out, work) as folder:
-        found, schedule = (
-            _calibrated(denoiser, chosen, n_runs, seed or 0, correction, folder, progress)
-            if stored is None
-            else _corrected(stored, n_runs, seed or 0, correction, folder, progress)
-        )
+        if stored is None:
+            calibration = calibrate(
+                denoiser, samples=n_runs, seed=seed, work=folder, progress=progress
+            )
+            found, told = quantize(denoiser, calibration, plan=chosen).quantized, None
+        else:
+            found, told = stored.quantized, stage("trajectories", progress)
+        if correction and schedule is None:
+            # Those of the calibration, where there was one.
+            runs = collect_trajectories(denoiser, n_runs, seed=seed, work=folder, progress=told)
+            schedule = correct(found, runs, work=folder, progress=progress)
         return _emit(found, schedule, backend, out, force=force, progress=progress)
 
 
@@ -176,41 +183,6 @@ def _refuse_calibration(samples: int | None, seed: int | None, correction: bool)
             path=given[0],
             hint=f"leave {' and '.join(given)} out",
         )
-
-
-def _calibrated(
-    denoiser: Denoiser,
-    plan: DeploymentPlan,
-    samples: int,
-    seed: int,
-    correction: bool,
-    work: Path,
-    progress: Progress | None,
-) -> tuple[QuantizedDenoiser, CorrectedSchedule | None]:
-    """A model quantized as the plan says, and its correction."""
-    calibration = calibrate(denoiser, samples=samples, seed=seed, work=work, progress=progress)
-    found = quantize(denoiser, calibration, plan=plan).quantized
-    if not correction:
-        return found, None
-    schedule = correct(found, calibration.trajectories, work=work, progress=progress)
-    return found, schedule
-
-
-def _corrected(
-    stored: Stored,
-    samples: int,
-    seed: int,
-    correction: bool,
-    work: Path,
-    progress: Progress | None,
-) -> tuple[QuantizedDenoiser, CorrectedSchedule | None]:
-    """A stored model, and its correction, measured where the file holds none."""
-    found = stored.quantized
-    if stored.correction is not None or not correction:
-        return found, stored.correction if correction else None
-    told = stage("trajectories", progress)
-    runs = collect_trajectories(found.denoiser, samples, seed=seed, work=work, progress=told)
-    return found, correct(found, runs, work=work, progress=progress)
 
 
 def _emit(

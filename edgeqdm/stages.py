@@ -75,7 +75,7 @@ UNSEEN_SEED = 2**50
 SHORTEST_PHASE = 2
 """Steps."""
 FINE_SHARE = 0.1
-"""Of the body's weights: 4 more bits for them are at most 1 % of the float32 bytes. In W4A8
+"""Of the body's weights: 4 more bits for them are at most 1.3 % of the float32 bytes. In W4A8
 rounded to nearest, 8 bits in down_blocks.0 and up_blocks.2 of `unet-fmnist`, which hold the finest
 resolution, are worth 7 dB at the last step and 6 dB in the images; in up_blocks.0, up_blocks.1 or
 all attention they are worth less than 1 dB each."""

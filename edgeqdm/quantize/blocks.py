@@ -76,12 +76,12 @@ def most_reused(denoiser: Denoiser, share: float) -> tuple[str, ...]:
     """Body layers whose weights are used at most positions of a sample, few of all the weights.
 
     In a UNet these are the layers of its finest resolution. Resolutions are taken whole, the finest
-    first, as long as their layers hold no more than `share` of the weights of the body: none in a
-    network of one resolution.
+    first, as long as their layers hold no more than `share` of the weights of the body: below 1,
+    none in a network of one resolution.
 
     Args:
         denoiser: runs once.
-        share: of the weights of all body layers, below 1.
+        share: of the weights of all body layers, 0 to 1.
     """
     sizes = {x.name: math.prod(x.weight_shape) for x in denoiser.info.layers if x.role == "body"}
     macs = _watch(denoiser, sizes).macs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -19,19 +17,7 @@ from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.quantize.finetune import FinetuneSettings
 from edgeqdm.testing.tiny import write_tiny_dit
 
-FILE = Path(__file__).parents[2] / "tools" / "benchmarks" / "ablation.py"
 TRAINING = FinetuneSettings(iterations=2, batch=2)
-
-
-@pytest.fixture(scope="module")
-def ablation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablation"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @cache

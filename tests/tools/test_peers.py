@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +13,6 @@ from edgeqdm.ir.precision import ActivationPolicy
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.testing.tiny import write_tiny_dit
 
-FILE = Path(__file__).parents[2] / "tools" / "benchmarks" / "peers.py"
 STEPS = 2
 OURS = ("edgeqdm, constant scales", "edgeqdm, scales per step")
 PEERS = (
@@ -24,17 +21,6 @@ PEERS = (
     "the same, first/last/embedding float",
     "dynamic",
 )
-
-
-@pytest.fixture(scope="module")
-def peers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peers", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,19 +14,7 @@ from typer.testing import CliRunner
 from edgeqdm.errors import VerifyError
 from edgeqdm.ir.plan import DeploymentPlan
 
-FILE = Path(__file__).parents[2] / "tools" / "benchmarks" / "scale.py"
 HEAD = {"commit": "a", "machine": {"cores": 2}, "settings": {"size": "tiny"}}
-
-
-@pytest.fixture(scope="module")
-def scale() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scale", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scale"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_row_goes_from_weights_to_a_verified_package(scale: ModuleType, tmp_path: Path) -> None:
