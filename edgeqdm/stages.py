@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from numpy import float32
@@ -42,13 +43,15 @@ from edgeqdm.calibrate.trajectories import (
 from edgeqdm.correct.apply import correct_schedule
 from edgeqdm.correct.closed_loop import second_pass
 from edgeqdm.correct.corrector import Corrector
+from edgeqdm.correct.match import FloatRuns, match_variance
 from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.correct.steps import activation_bits_by_step, contiguous
 from edgeqdm.emit.package import correction_key
-from edgeqdm.errors import OutputError
+from edgeqdm.errors import EdgeqdmError, OutputError
 from edgeqdm.ir.codec import digest, dump_record, parse_record
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, W8A8, ActivationPolicy, Precision
+from edgeqdm.ir.record import Record
 from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.levels import noise_levels
@@ -65,6 +68,7 @@ from edgeqdm.quantize.reconstruct import BlockReport, ReconstructionSettings, re
 from edgeqdm.quantize.store import load_quantized, save_quantized
 from edgeqdm.quantize.tdq import ScaleGenerator, fit_generator
 
+Kept = TypeVar("Kept", bound=Record)
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 DEFAULT_TARGET = "onnxruntime"
@@ -311,15 +315,11 @@ def measure(
     """Quantization noise of the finished network at every step of the float trajectories."""
     key = _key(__version__, trajectories.key(), precision_digest(quantized))
     file = None if work is None else work / f"noise-{key}.st"
-    stored = None if file is None else load_tensors(file)
-    if stored is not None:
-        data = stored["statistics"].numpy().tobytes()
-        return parse_record(data, NoiseStatistics, name=str(file))
-    statistics = _measure(quantized, trajectories, stage("correct", progress))
-    if file is not None:
-        codes = torch.frombuffer(bytearray(dump_record(statistics)), dtype=torch.uint8)
-        save_tensors({"statistics": codes}, file)
-    return statistics
+    return _kept(
+        file,
+        NoiseStatistics,
+        lambda: _measure(quantized, trajectories, stage("correct", progress)),
+    )
 
 
 def correct(
@@ -328,6 +328,7 @@ def correct(
     *,
     corrector: Corrector | None = None,
     closed_loop: bool = False,
+    matched: bool = True,
     work: Path | None = None,
     progress: Progress | None = None,
 ) -> CorrectedSchedule:
@@ -338,16 +339,62 @@ def correct(
         trajectories: of the float model; not those the network was trained on.
         corrector: default PTQD with all its parts.
         closed_loop: measure a second time, along the corrected quantized sampler's own samples.
+        matched: keep the variance of the float model's samples, see `match_variance`; without
+            effect for a sampler whose levels of signal and noise are not known.
         work: folder for finished parts.
         progress: told of finished work.
     """
     program, key = quantized.denoiser.program, correction_key(quantized)
     statistics = measure(quantized, trajectories, work=work, progress=progress)
     schedule = correct_schedule(program, statistics, key, corrector=corrector)
-    if not closed_loop:
+    if closed_loop:
+        again = _measure_again(quantized, trajectories, schedule)
+        schedule = correct_schedule(program, again, key, corrector=corrector)
+    if not matched:
         return schedule
-    again = _measure_again(quantized, trajectories, schedule)
-    return correct_schedule(program, again, key, corrector=corrector)
+    asked = (trajectories.key(), precision_digest(quantized), digest(schedule))
+    file = None if work is None else work / f"matched-{_key(__version__, *asked)}.st"
+    return _kept(
+        file,
+        CorrectedSchedule,
+        lambda: _matched(quantized, trajectories, schedule, stage("match", progress)),
+    )
+
+
+def _matched(
+    quantized: QuantizedDenoiser,
+    trajectories: Trajectories,
+    schedule: CorrectedSchedule,
+    progress: Callable[[int, int], None] | None,
+) -> CorrectedSchedule:
+    program, fed = quantized.denoiser.program, trajectories.conditioning
+    try:
+        levels = noise_levels(program)
+    except EdgeqdmError:
+        return schedule
+
+    def predict(x: NDArray[float32], step: int) -> NDArray[float32]:
+        parts = torch.arange(len(x)).split(CHUNK)
+        answers = [
+            quantized.predict(torch.from_numpy(x)[part], step, None if fed is None else fed[part])
+            for part in parts
+        ]
+        return torch.cat(answers).numpy()
+
+    runs = FloatRuns(trajectories.inputs.numpy(), trajectories.outputs.numpy())
+    return match_variance(program, levels, schedule, predict, runs, progress=progress)
+
+
+def _kept(file: Path | None, kind: type[Kept], make: Callable[[], Kept]) -> Kept:
+    """A record out of its file, or made now and kept there."""
+    stored = None if file is None else load_tensors(file)
+    if stored is not None:
+        return parse_record(stored["record"].numpy().tobytes(), kind, name=str(file))
+    made = make()
+    if file is not None:
+        codes = torch.frombuffer(bytearray(dump_record(made)), dtype=torch.uint8)
+        save_tensors({"record": codes}, file)
+    return made
 
 
 def _measure_again(
@@ -601,9 +648,7 @@ def _store(
     quantized = found.quantized
     statistics = measure(quantized, trajectories, work=work, progress=progress)
     schedule = (
-        correct_schedule(quantized.denoiser.program, statistics, correction_key(quantized))
-        if correction
-        else None
+        correct(quantized, trajectories, work=work, progress=progress) if correction else None
     )
     size = save_quantized(quantized, out, correction=schedule, generator=found.generator)
     tensors = quantized.denoiser.module.state_dict().values()

@@ -279,12 +279,38 @@ def test_a_correction_is_keyed_to_its_network() -> None:
 
 def test_the_corrector_decides_what_is_corrected() -> None:
     nothing = Ptqd(gain=False, bias=False, variance=False)
-    schedule = stages.correct(quantized(), small()[1].trajectories, corrector=nothing)
+    runs = small()[1].trajectories
+    schedule = stages.correct(quantized(), runs, corrector=nothing, matched=False)
     assert set(schedule.gain) == {1.0}
     assert {value for row in schedule.bias for value in row} == {0.0}
     pairs = zip(schedule.noise_std, small()[0].program.noise_std, strict=True)
     assert all(row == pytest.approx([plain] * len(row)) for row, plain in pairs)
-    assert stages.correct(quantized(), small()[1].trajectories) != schedule
+    assert stages.correct(quantized(), runs, matched=False) != schedule
+
+
+def test_the_matched_variance_is_kept_and_can_be_left_out(tmp_path: Path) -> None:
+    runs, told = small()[1].trajectories, Told()
+    found = stages.correct(quantized(), runs, work=tmp_path, progress=told)
+    assert found.input_weight is not None
+    assert any(found.input_weight)
+    assert told.stages == ["correct", "match"]
+    again = Told()
+    assert stages.correct(quantized(), runs, work=tmp_path, progress=again) == found
+    assert again.stages == []
+    plain = stages.correct(quantized(), runs, work=tmp_path, matched=False)
+    assert plain.input_weight is None
+    assert plain.noise_std == found.noise_std
+
+
+def test_a_sampler_of_unknown_levels_is_corrected_without_matching(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(_: object) -> None:
+        raise InputError("EQ-3432", "the scheduler of this table is not known", path="sampler")
+
+    runs = small()[1].trajectories
+    monkeypatch.setattr(stages, "noise_levels", unknown)
+    assert stages.correct(quantized(), runs) == stages.correct(quantized(), runs, matched=False)
 
 
 def test_the_closed_loop_measures_again_along_other_samples() -> None:
@@ -494,6 +520,8 @@ INTERRUPTIONS = [
     ("reconstruct", 1),
     ("correct", 1),
     ("correct", STEPS),
+    ("match", 1),
+    ("match", STEPS),
 ]
 
 
@@ -511,7 +539,7 @@ def test_an_interrupted_quantization_leaves_nothing_and_ends_identical(
     to_file(out, progress=told)
     assert out.read_bytes() == whole.file.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    if name in ("features", "reconstruct", "correct"):
+    if name in ("features", "reconstruct", "correct", "match"):
         assert "observe" not in told.stages
 
 
@@ -523,7 +551,7 @@ def test_work_that_is_named_is_kept_and_used_again(
     assert any(work.iterdir())
     told = Told()
     to_file(tmp_path / "b.safetensors", work=work, progress=told)
-    assert not {"observe", "correct"} & set(told.stages)
+    assert not {"observe", "correct", "match"} & set(told.stages)
     assert (tmp_path / "b.safetensors").read_bytes() == out.read_bytes()
     assert out.read_bytes() == whole.file.read_bytes()
 

@@ -119,11 +119,16 @@ def _eps_weights(prediction_type: str, signal: float, noise: float) -> tuple[flo
         return 1.0 / noise, -signal / noise
     if prediction_type == "flow_prediction":
         return 1.0, signal
-    raise UnsupportedError(
+    raise unknown_prediction(prediction_type)
+
+
+def unknown_prediction(prediction_type: str) -> UnsupportedError:
+    """To be raised where signal and noise must be told from a prediction."""
+    return UnsupportedError(
         "EQ-4431",
         f"how noise follows from a prediction of type {prediction_type!r} is not known",
         path="prediction_type",
-        hint="give every step the same bits",
+        hint="give every step the same bits, and do not match the variance",
     )
 
 

@@ -127,7 +127,8 @@ class AbsorbedVariance(Record):
 
 
 class CorrectedSchedule(Record):
-    """Per step: `f <- gain[i] (f - bias[i, c])`, then `noise_std[i]` instead of c[i]."""
+    """Per step `f <- gain[i] (f - bias[i, c]) + input_weight[i] x`, x being what the network was
+    fed, then `noise_std[i]` instead of c[i]."""
 
     key: CorrectionKey
     gain: tuple[float, ...]
@@ -141,10 +142,12 @@ class CorrectedSchedule(Record):
     learned variance, where it exceeds the upper bound."""
     absorbed: AbsorbedVariance | None = None
     """With a learned variance only; not written where it is not given."""
+    input_weight: tuple[float, ...] | None = None
+    """[S]; not written where it is not given, and 0 then."""
 
     @model_serializer(mode="wrap")
     def _omit_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(handler(self), "absorbed")
+        return _without_none(_without_none(handler(self), "absorbed"), "input_weight")
 
 
 def _without_none(tree: dict[str, Any], field: str) -> dict[str, Any]:

@@ -45,12 +45,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Correction:
-    """`f <- gain[i] * (f - bias[i, c])`."""
+    """`f <- gain[i] * (f - bias[i, c]) + input_weight[i] * x`, x being what the network was fed."""
 
     gain: Array
     """[S]"""
     bias: Array
     """[S, C]"""
+    input_weight: Array
+    """[S]; the term is left out where it is 0."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,14 @@ class Table:
         return bool(np.any(self.noise_std[_checked_step(self, step)]))
 
 
-def correct(table: Table, step: int, output: Array) -> Array:
+def correct(table: Table, step: int, output: Array, fed: Array) -> Array:
     """Takes the systematic part of the quantization error out of a network output.
 
     Args:
         table: the sampler, with or without a correction.
         step: 0 <= step < S.
         output: float32 [B, C, H, W].
+        fed: what the network was fed, float32 [B, C, H, W].
 
     Returns:
         float32 [B, C, H, W]; `output` itself where the table has no correction.
@@ -162,7 +165,8 @@ def correct(table: Table, step: int, output: Array) -> Array:
         return output
     bias = _per_channel("bias", table.correction.bias[step], output)
     corrected: Array = table.correction.gain[step] * (output - bias)
-    return corrected
+    weight = table.correction.input_weight[step]
+    return corrected if weight == 0 else corrected + weight * fed
 
 
 def advance(
@@ -236,10 +240,11 @@ def run(
     outputs: deque[Array] = deque(maxlen=table.output_weights.shape[1])
     sample = table.initial_sigma * np.asarray(initial, dtype=np.float32)
     for step in range(table.n_steps):
-        output = np.asarray(predict(table.input_scale[step] * sample, step), dtype=np.float32)
+        fed = table.input_scale[step] * sample
+        output = np.asarray(predict(fed, step), dtype=np.float32)
         output, variance = _split(table, step, output, sample.shape)
         samples.appendleft(sample)
-        outputs.appendleft(correct(table, step, output))
+        outputs.appendleft(correct(table, step, output, fed))
         drawn = noise(step) if table.adds_noise(step) else None
         sample = advance(table, step, tuple(samples), tuple(outputs), drawn, variance)
         if on_step is not None:
@@ -349,9 +354,13 @@ def _clip(clip: Mapping[str, Any] | None, n_steps: int) -> Clip | None:
 def _correction(correction: Mapping[str, Any] | None, n_steps: int) -> Correction | None:
     if correction is None:
         return None
+    weight = correction.get("input_weight")
     return Correction(
         gain=_table("gain", correction["gain"], (n_steps,)),
         bias=_table("bias", correction["bias"], (n_steps, None)),
+        input_weight=np.zeros(n_steps, np.float32)
+        if weight is None
+        else _table("input_weight", weight, (n_steps,)),
     )
 
 

@@ -114,6 +114,7 @@ def corrections(draw: st.DrawFn) -> CorrectedSchedule:
         bias=draw(rows),
         noise_std=draw(rows),
         clamped=draw(st.lists(st.booleans(), max_size=3).map(tuple)),
+        input_weight=draw(st.none() | st.lists(finite, max_size=3).map(tuple)),
     )
 
 

@@ -53,6 +53,7 @@ def test_a_fixed_variance_has_the_digest_it_always_had() -> None:
     )
     assert b"learned_variance" not in dump_record(_program())
     assert b"absorbed" not in dump_record(_correction())
+    assert b"input_weight" not in dump_record(_correction())
     assert "learned_variance" not in _program().model_dump_json()
 
 

@@ -59,7 +59,9 @@ def random_program(
     )
 
 
-def random_correction(seed: int, n_channels: int = SHAPE[1]) -> CorrectedSchedule:
+def random_correction(
+    seed: int, n_channels: int = SHAPE[1], *, weighted: bool = False
+) -> CorrectedSchedule:
     generator = np.random.default_rng(seed)
     noise_std = generator.uniform(0.0, 1.0, (N_STEPS, n_channels))
     noise_std[1] = 0.0
@@ -69,6 +71,7 @@ def random_correction(seed: int, n_channels: int = SHAPE[1]) -> CorrectedSchedul
         bias=tuple(map(tuple, generator.uniform(-0.1, 0.1, (N_STEPS, n_channels)).tolist())),
         noise_std=tuple(map(tuple, noise_std.tolist())),
         clamped=(False,) * N_STEPS,
+        input_weight=tuple(generator.uniform(-0.1, 0.1, N_STEPS).tolist()) if weighted else None,
     )
 
 
@@ -102,6 +105,8 @@ def run_by_the_formula(
         if correction is not None:
             bias = np.array(correction.bias[i]).reshape(1, -1, 1, 1)
             output = correction.gain[i] * (output - bias)
+            if correction.input_weight is not None:
+                output = output + correction.input_weight[i] * scaled.astype(np.float64)
             std = np.array(correction.noise_std[i])
         outputs.append(output)
         x = std.reshape(1, -1, 1, 1) * step_noise(i)
@@ -125,12 +130,13 @@ def run_by_the_formula(
     n_outputs=st.integers(1, 4),
     clip=st.booleans(),
     corrected=st.booleans(),
+    weighted=st.booleans(),
 )
 def test_run_equals_the_formula_in_float64(
-    seed: int, n_samples: int, n_outputs: int, clip: bool, corrected: bool
+    seed: int, n_samples: int, n_outputs: int, clip: bool, corrected: bool, weighted: bool
 ) -> None:
     program = random_program(seed, n_samples, n_outputs, clip=clip)
-    correction = random_correction(seed) if corrected else None
+    correction = random_correction(seed, weighted=weighted) if corrected else None
     found: list[np.ndarray] = []
     solver.run(
         table_of(program, correction),
@@ -181,7 +187,7 @@ def test_result_does_not_depend_on_the_batch() -> None:
 
 def test_output_is_left_as_it_is_without_correction() -> None:
     output = step_noise(0)
-    assert solver.correct(table_of(random_program(0)), 0, output) is output
+    assert solver.correct(table_of(random_program(0)), 0, output, output) is output
 
 
 def test_neutral_correction_changes_no_bit() -> None:
@@ -204,7 +210,18 @@ def test_correction_divides_after_it_subtracts() -> None:
     output = step_noise(0)
     bias = np.array(correction.bias[2], dtype=np.float32).reshape(1, -1, 1, 1)
     expected = np.float32(correction.gain[2]) * (output - bias)
-    assert solver.correct(table, 2, output).tobytes() == expected.tobytes()
+    assert solver.correct(table, 2, output, initial_noise()).tobytes() == expected.tobytes()
+
+
+def test_weighted_input_is_added_after_the_gain() -> None:
+    correction = random_correction(5, weighted=True)
+    weights = correction.input_weight
+    assert weights is not None
+    table = table_of(random_program(5), correction)
+    output, fed = step_noise(0), initial_noise()
+    bias = np.array(correction.bias[3], dtype=np.float32).reshape(1, -1, 1, 1)
+    expected = np.float32(correction.gain[3]) * (output - bias) + np.float32(weights[3]) * fed
+    assert solver.correct(table, 3, output, fed).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(("corrected", "noisy"), [(False, [0, 1, 2, 3]), (True, [0, 2, 3, 4])])
@@ -349,7 +366,7 @@ def test_step_out_of_range_is_refused(step: int) -> None:
     x = initial_noise()
     message = rf"step {step} is outside 0\.\.4"
     with pytest.raises(IndexError, match=message):
-        solver.correct(table, step, x)
+        solver.correct(table, step, x, x)
     with pytest.raises(IndexError, match=message):
         solver.advance(table, step, (x,), (x,), x)
     with pytest.raises(IndexError, match=message):
@@ -357,8 +374,9 @@ def test_step_out_of_range_is_refused(step: int) -> None:
 
 
 def test_step_that_is_no_whole_number_is_refused() -> None:
+    x = initial_noise()
     with pytest.raises(TypeError):
-        solver.correct(table_of(random_program(0)), 1.0, initial_noise())  # type: ignore[arg-type]
+        solver.correct(table_of(random_program(0)), 1.0, x, x)  # type: ignore[arg-type]
 
 
 def test_missing_history_is_refused() -> None:
@@ -380,7 +398,7 @@ def test_correction_for_other_channels_is_refused() -> None:
     table = table_of(random_program(0), random_correction(0, n_channels=1))
     x = initial_noise()
     with pytest.raises(ValueError, match="bias has 1 channels, the sample 3"):
-        solver.correct(table, 0, x)
+        solver.correct(table, 0, x, x)
     with pytest.raises(ValueError, match="noise_std has 1 channels, the sample 3"):
         solver.advance(table, 0, (x,), (x,), x)
 

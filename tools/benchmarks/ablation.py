@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +53,7 @@ class Row:
         policy: of activations: `static`, `temporal`, or `dynamic` in linear layers.
         reconstruct: None, or which samples: `even` or `density`.
         correct: parts of PTQD.
+        matched: keep the variance of the float model's samples.
         step_aware: 4-bit activations only where the rule allows them.
         tuned: trained on the float model's trajectories.
         after: row it is compared with; default the one before.
@@ -65,6 +66,7 @@ class Row:
     policy: str = "temporal"
     reconstruct: str | None = None
     correct: tuple[str, ...] = ()
+    matched: bool = False
     step_aware: bool = False
     tuned: bool = False
     after: str | None = None
@@ -102,28 +104,13 @@ def rows_of(model: str, width: str) -> tuple[Row, ...]:
             Row(f"+ PTQD {part}", policy=policy, reconstruct="density", correct=parts[: k + 1])
             for k, part in enumerate(parts)
         ),
-        Row("+ training", policy=policy, reconstruct="density", correct=parts, tuned=True),
     ]
+    last = replace(ladder[-1], name="+ matched variance", matched=True)
+    ladder += [last, replace(last, name="+ training", tuned=True)]
     if width == "w4a4":
-        last = "+ PTQD variance"
-        ladder += [
-            Row(
-                "+ bits by step",
-                policy=policy,
-                reconstruct="density",
-                correct=parts,
-                step_aware=True,
-                after=last,
-            ),
-            Row(
-                "+ bits by step, training",
-                policy=policy,
-                reconstruct="density",
-                correct=parts,
-                step_aware=True,
-                tuned=True,
-            ),
-        ]
+        by_step = replace(last, name="+ bits by step", step_aware=True, after=last.name)
+        trained = replace(by_step, name="+ bits by step, training", tuned=True, after=None)
+        ladder += [by_step, trained]
     return tuple(ladder)
 
 
@@ -159,7 +146,9 @@ def compute(
     correction = None
     if row.correct:
         corrector = Ptqd(**{part: part in row.correct for part in ("gain", "bias", "variance")})
-        correction = pipeline.correct(quantized, trajectories, corrector=corrector, work=work)
+        correction = pipeline.correct(
+            quantized, trajectories, corrector=corrector, matched=row.matched, work=work
+        )
     file = work / f"row-{os.getpid()}.safetensors"
     stored = save_quantized(quantized, file)
     file.unlink()
@@ -241,8 +230,8 @@ def plan_of(denoiser: Any, width: str, row: Row) -> Any:
 
 def fid_wanted(row: Row, width: str) -> bool:
     """The first row, those with all corrections, and every baseline of 4-bit activations."""
-    first, last = row.ranges == "minmax", "variance" in row.correct
-    return first or last or (width == "w4a4" and row.reconstruct is None)
+    first = row.ranges == "minmax"
+    return first or row.matched or (width == "w4a4" and row.reconstruct is None)
 
 
 def measure_images(

@@ -1,0 +1,279 @@
+"""The variance that a sampler loses to quantization is given back, step by step.
+
+The float network is exact for independent Gaussian pixels, whose score is linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeqdm.correct.match import FloatRuns, match_variance
+from edgeqdm.errors import InputError, UnsupportedError
+from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey, SamplerProgram
+from edgeqdm.models.levels import NoiseLevels, noise_levels
+from edgeqdm.models.sampler import compile_sampler, scheduler_from_name
+from edgeqdm.numerics import philox, solver
+
+# diffusers hands tensors to numpy in ways that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning",
+    "ignore:__array_wrap__ must accept:DeprecationWarning",
+)
+
+Sample = NDArray[np.float32]
+Network = Callable[[Sample, int], Sample]
+STEPS, RUNS, SHAPE = 8, 24, (2, 8, 8)
+STD = 0.5
+SAMPLERS = [
+    ("ddim", "epsilon", 0.0),
+    ("ddim", "v_prediction", 0.0),
+    ("ddim", "sample", 0.0),
+    ("ddim", "epsilon", 1.0),
+    ("ddpm", "v_prediction", 0.0),
+    ("dpmsolver++", "epsilon", 0.0),
+    ("dpmsolver++_sde", "epsilon", 0.0),
+    ("euler", "epsilon", 0.0),
+    ("pndm", "epsilon", 0.0),
+]
+each_sampler = pytest.mark.parametrize(("name", "prediction", "eta"), SAMPLERS)
+
+
+class Gaussian:
+    """Pixels N(0, STD^2) and the network that knows it."""
+
+    def __init__(self, name: str, prediction: str, eta: float) -> None:
+        config = {
+            "num_train_timesteps": 200,
+            "beta_start": 1e-3,
+            "beta_end": 0.06,
+            "beta_schedule": "linear",
+            "prediction_type": prediction,
+            "clip_sample": False,
+        }
+        self.program = compile_sampler(scheduler_from_name(name, config), STEPS, eta=eta)
+        self.levels = noise_levels(self.program)
+
+    def clean(self, x: Sample, step: int) -> NDArray[np.float64]:
+        signal, noise = self.levels.signal[step], self.levels.noise[step]
+        expected: NDArray[np.float64] = signal * STD**2 / ((signal * STD) ** 2 + noise**2) * x
+        return expected
+
+    def saying(self, clean: NDArray[np.float64], x: Sample, step: int) -> Sample:
+        """The output that says `clean` of the clean sample."""
+        signal, noise = self.levels.signal[step], self.levels.noise[step]
+        eps = (x - signal * clean) / noise
+        answer = {
+            "epsilon": eps,
+            "v_prediction": signal * eps - noise * clean,
+            "sample": clean,
+        }
+        return answer[self.program.prediction_type].astype(np.float32)
+
+    def exact(self, x: Sample, step: int) -> Sample:
+        return self.saying(self.clean(x, step), x, step)
+
+    def shrunk(self, x: Sample, step: int) -> Sample:
+        return self.saying(factor(step) * self.clean(x, step) + 0.01, x, step)
+
+    def noisy(self, x: Sample, step: int) -> Sample:
+        chance = np.random.default_rng(step)
+        clean = self.clean(x, step)
+        error = 0.2 * clean.std() * chance.standard_normal(x.shape)
+        return self.saying(0.9 * clean + error, x, step)
+
+    def sample(
+        self, network: Network, correction: CorrectedSchedule | None = None, seed: int = 0
+    ) -> tuple[Sample, FloatRuns]:
+        inputs, outputs = [], []
+
+        def predict(x: Sample, step: int) -> Sample:
+            inputs.append(np.array(x))
+            outputs.append(network(x, step))
+            return outputs[-1]
+
+        drawn = solver.run(
+            solver.Table.from_json(
+                self.program.model_dump(mode="json"),
+                None if correction is None else correction.model_dump(mode="json"),
+            ),
+            predict,
+            philox.batch_normal(seed, philox.INITIAL_STREAM, range(RUNS), SHAPE),
+            lambda i: philox.batch_normal(seed, philox.step_stream(i), range(RUNS), SHAPE),
+        )
+        return drawn, FloatRuns(np.stack(inputs), np.stack(outputs))
+
+    def match(self, network: Network, before: CorrectedSchedule | None = None) -> CorrectedSchedule:
+        _, runs = self.sample(self.exact)
+        first = before or nothing(self.program)
+        return match_variance(self.program, self.levels, first, network, runs)
+
+
+def factor(step: int) -> float:
+    return 0.97 - 0.01 * (step % 3)
+
+
+def nothing(program: SamplerProgram, **changes: Any) -> CorrectedSchedule:
+    n, channels = program.n_steps, SHAPE[0]
+    fields: dict[str, Any] = {
+        "key": CorrectionKey(model="m", sampler="s", guidance=1.0, precision="p"),
+        "gain": (1.0,) * n,
+        "bias": ((0.0,) * channels,) * n,
+        "noise_std": tuple((std,) * channels for std in program.noise_std),
+        "clamped": (False,) * n,
+    }
+    return CorrectedSchedule(**fields | changes)
+
+
+def spread(values: Sample) -> float:
+    return float(((values - values.mean(0, dtype=np.float64)) ** 2).sum())
+
+
+@each_sampler
+def test_a_shrunk_prediction_is_given_its_factor_back(
+    name: str, prediction: str, eta: float
+) -> None:
+    """Everything the network lost is known, so the float model's samples come back."""
+    model = Gaussian(name, prediction, eta)
+    found = model.match(model.shrunk)
+    wanted = [1 / factor(step) for step in range(model.program.n_steps)]
+    np.testing.assert_allclose(found.gain, wanted, rtol=1e-3)
+    reference, _ = model.sample(model.exact)
+    raw, _ = model.sample(model.shrunk)
+    again, _ = model.sample(model.shrunk, found)
+    assert np.abs(again - reference).max() < 1e-3 < 1e-2 < np.abs(raw - reference).max()
+
+
+@each_sampler
+def test_samples_of_a_network_with_errors_vary_as_those_of_the_float_one(
+    name: str, prediction: str, eta: float
+) -> None:
+    model = Gaussian(name, prediction, eta)
+    found = model.match(model.noisy)
+    reference, theirs = model.sample(model.exact)
+    corrected, mine = model.sample(model.noisy, found)
+    silent = {
+        "epsilon": 1 / model.levels.noise,
+        "v_prediction": model.levels.signal / model.levels.noise,
+        "sample": 0 * model.levels.noise,
+    }[prediction]
+    table = solver.Table.from_json(
+        model.program.model_dump(mode="json"), found.model_dump(mode="json")
+    )
+    for step in range(model.program.n_steps):
+        x = mine.inputs[step]
+        f = solver.correct(table, step, mine.outputs[step], x)
+        said = spread(f - np.float32(silent[step]) * x)
+        true = spread(theirs.outputs[step] - np.float32(silent[step]) * theirs.inputs[step])
+        assert said == pytest.approx(true, rel=1e-3)
+        means = (f - theirs.outputs[step]).mean((0, 2, 3))
+        np.testing.assert_allclose(means, 0, atol=1e-5)
+    raw, _ = model.sample(model.noisy)
+    left, lost = (abs(spread(x) / spread(reference) - 1) for x in (corrected, raw))
+    assert left < lost
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unseen_runs_gain_too(seed: int) -> None:
+    model = Gaussian("ddim", "epsilon", 0.0)
+    found = model.match(model.noisy)
+    reference, _ = model.sample(model.exact, seed=seed + 1)
+    raw, _ = model.sample(model.noisy, seed=seed + 1)
+    corrected, _ = model.sample(model.noisy, found, seed=seed + 1)
+    left, lost = (abs(spread(x) / spread(reference) - 1) for x in (corrected, raw))
+    assert left < 0.5 * lost
+
+
+@each_sampler
+def test_p2_a_network_without_errors_is_left_alone(name: str, prediction: str, eta: float) -> None:
+    """P2. The noise of a step is that of the float runs, or the samples would not be theirs."""
+    model = Gaussian(name, prediction, eta)
+    found = model.match(model.exact)
+    np.testing.assert_allclose(found.gain, 1, atol=1e-4)
+    np.testing.assert_allclose(found.bias, 0, atol=1e-4)
+    assert found.input_weight is not None
+    np.testing.assert_allclose(found.input_weight, 0, atol=1e-3)
+    assert found.noise_std == nothing(model.program).noise_std
+
+
+def test_what_was_corrected_before_counts() -> None:
+    """Twice the output and a bias, taken out by the correction that is there, are no error."""
+    model = Gaussian("ddim", "v_prediction", 0.0)
+    n = model.program.n_steps
+    before = nothing(model.program, gain=(0.5,) * n, bias=((0.25,) * 2,) * n)
+    found = model.match(lambda x, step: 2 * model.exact(x, step) + np.float32(0.25), before)
+    np.testing.assert_allclose(found.gain, 0.5, rtol=1e-5)
+    np.testing.assert_allclose(found.bias, 0.25, atol=1e-5)
+
+
+def test_outputs_without_variance_keep_their_factor() -> None:
+    model = Gaussian("ddim", "epsilon", 0.0)
+    _, runs = model.sample(model.exact)
+    alone = FloatRuns(runs.inputs[:, :1], runs.outputs[:, :1])
+    found = match_variance(model.program, model.levels, nothing(model.program), model.shrunk, alone)
+    assert found.gain == (1.0,) * STEPS
+    assert found.input_weight == (0.0,) * STEPS
+    assert any(bias != (0.0, 0.0) for bias in found.bias)
+
+
+def test_the_factor_is_bounded() -> None:
+    model = Gaussian("ddim", "sample", 0.0)
+    assert set(model.match(lambda x, step: 0.01 * model.exact(x, step)).gain) == {2.0}
+    assert set(model.match(lambda x, step: 100 * model.exact(x, step)).gain) == {0.5}
+
+
+def test_a_step_without_noise_is_left_alone() -> None:
+    """What the network says there is no prediction of a clean sample."""
+    model = Gaussian("ddim", "epsilon", 0.0)
+    noise = model.levels.noise.copy()
+    noise[-1] = 0.0
+    model_levels, (_, runs) = NoiseLevels(model.levels.signal, noise), model.sample(model.exact)
+    found = match_variance(model.program, model_levels, nothing(model.program), model.shrunk, runs)
+    assert found.gain[-1] == 1.0
+    assert found.gain[0] != 1.0
+
+
+def test_a_learned_variance_is_handed_on() -> None:
+    config = {
+        "num_train_timesteps": 200,
+        "beta_schedule": "linear",
+        "variance_type": "learned_range",
+        "clip_sample": False,
+    }
+    program = compile_sampler(scheduler_from_name("ddpm", config), STEPS)
+    model = Gaussian("ddpm", "epsilon", 0.0)
+    model.program, model.levels = program, noise_levels(program)
+
+    def with_variance(network: Network) -> Network:
+        def both(x: Sample, step: int) -> Sample:
+            return np.concatenate([network(x, step), np.tanh(x)], 1)
+
+        return both
+
+    _, runs = model.sample(with_variance(model.exact))
+    first = nothing(program)
+    same = match_variance(program, model.levels, first, with_variance(model.exact), runs)
+    np.testing.assert_allclose(same.gain, 1, atol=1e-4)
+    found = match_variance(program, model.levels, first, with_variance(model.shrunk), runs)
+    np.testing.assert_allclose(found.gain, [1 / factor(i) for i in range(STEPS)], rtol=2e-3)
+
+
+def test_runs_of_another_sampler_are_refused() -> None:
+    model = Gaussian("ddim", "epsilon", 0.0)
+    _, runs = model.sample(model.exact)
+    short = FloatRuns(runs.inputs[1:], runs.outputs[1:])
+    with pytest.raises(InputError, match="runs of 7, the sampler has 8") as refused:
+        match_variance(model.program, model.levels, nothing(model.program), model.exact, short)
+    assert refused.value.code == "EQ-3434"
+
+
+def test_an_unknown_prediction_is_refused() -> None:
+    model = Gaussian("ddim", "epsilon", 0.0)
+    _, runs = model.sample(model.exact)
+    other = model.program.model_copy(update={"prediction_type": "odd"})
+    with pytest.raises(UnsupportedError, match="'odd'"):
+        match_variance(other, model.levels, nothing(other), model.exact, runs)
