@@ -47,14 +47,14 @@ from edgeqdm.correct.match import FloatRuns, match_variance
 from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.correct.steps import activation_bits_by_step, contiguous
 from edgeqdm.emit.package import correction_key
-from edgeqdm.errors import EdgeqdmError, OutputError
+from edgeqdm.errors import InputError, OutputError, UnsupportedError
 from edgeqdm.ir.codec import digest, dump_record, parse_record
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, W8A8, ActivationPolicy, Precision
 from edgeqdm.ir.record import Record
-from edgeqdm.ir.schedule import CorrectedSchedule
+from edgeqdm.ir.schedule import CorrectedSchedule, SamplerProgram
 from edgeqdm.models.denoiser import Denoiser
-from edgeqdm.models.levels import noise_levels
+from edgeqdm.models.levels import NoiseLevels, noise_levels
 from edgeqdm.quantize import finetune as finetuning
 from edgeqdm.quantize import quantizer
 from edgeqdm.quantize.blocks import most_reused
@@ -314,7 +314,7 @@ def measure(
 ) -> NoiseStatistics:
     """Quantization noise of the finished network at every step of the float trajectories."""
     key = _key(__version__, trajectories.key(), precision_digest(quantized))
-    file = None if work is None else work / f"noise-{key}.st"
+    file = None if work is None else work / f"measured-{key}.st"
     return _kept(
         file,
         NoiseStatistics,
@@ -350,28 +350,34 @@ def correct(
     if closed_loop:
         again = _measure_again(quantized, trajectories, schedule)
         schedule = correct_schedule(program, again, key, corrector=corrector)
-    if not matched:
+    levels = _levels(program) if matched else None
+    if levels is None:
         return schedule
     asked = (trajectories.key(), precision_digest(quantized), digest(schedule))
     file = None if work is None else work / f"matched-{_key(__version__, *asked)}.st"
     return _kept(
         file,
         CorrectedSchedule,
-        lambda: _matched(quantized, trajectories, schedule, stage("match", progress)),
+        lambda: _matched(quantized, trajectories, schedule, levels, stage("match", progress)),
     )
+
+
+def _levels(program: SamplerProgram) -> NoiseLevels | None:
+    try:
+        return noise_levels(program)
+    except (InputError, UnsupportedError):
+        # A scheduler of one's own: its table samples, and what is signal in it is not known.
+        return None
 
 
 def _matched(
     quantized: QuantizedDenoiser,
     trajectories: Trajectories,
     schedule: CorrectedSchedule,
+    levels: NoiseLevels,
     progress: Callable[[int, int], None] | None,
 ) -> CorrectedSchedule:
     program, fed = quantized.denoiser.program, trajectories.conditioning
-    try:
-        levels = noise_levels(program)
-    except EdgeqdmError:
-        return schedule
 
     def predict(x: NDArray[float32], step: int) -> NDArray[float32]:
         parts = torch.arange(len(x)).split(CHUNK)

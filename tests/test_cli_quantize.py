@@ -254,7 +254,11 @@ def test_a_correction_that_a_file_lacks_is_measured(
     assert other.bias != wanted.bias
     assert none is None
     assert {path.name for path in tmp_path.iterdir()} == {file.name, work.name}
-    assert {path.name.partition("-")[0] for path in work.iterdir()} == {"trajectories", "noise"}
+    assert {path.name.partition("-")[0] for path in work.iterdir()} == {
+        "trajectories",
+        "measured",
+        "matched",
+    }
 
 
 def test_a_file_for_other_steps_is_corrected_for_them(folder: Folder, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_a_measurement_is_kept_and_named_where_it_was_edited(tmp_path: Path) -> 
     told = Told()
     first = stages.measure(quantized(), calibration.trajectories, work=tmp_path, progress=told)
     assert told.stages == ["correct"]
-    (file,) = tmp_path.glob("noise-*.st")
+    (file,) = tmp_path.glob("measured-*.st")
     again = Told()
     assert (
         stages.measure(quantized(), calibration.trajectories, work=tmp_path, progress=again)
@@ -247,7 +247,7 @@ def test_a_measurement_is_kept_and_named_where_it_was_edited(tmp_path: Path) -> 
     )
     assert again.stages == []
     stages.measure(quantized("w8a8"), calibration.trajectories, work=tmp_path)
-    assert len(list(tmp_path.glob("noise-*.st"))) == 2
+    assert len(list(tmp_path.glob("measured-*.st"))) == 2
     data = file.read_bytes()
     file.write_bytes(data.replace(b"0", b"1", 3))
     with pytest.raises(StorageError) as caught:

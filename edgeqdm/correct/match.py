@@ -1,4 +1,4 @@
-"""Keeps the variance of the samples, which a quantized network shrinks step by step.
+"""Keeps the variance of the samples, which a quantized network changes step by step.
 
 A network fitted to another one by least squares, in training above all, answers with less variance
 the larger its error is: at best `Var f_hat = Var f - E D^2`. Each step loses little of what samples
@@ -7,11 +7,14 @@ are all a little nearer to their mean.
 
 What a step says of the clean sample, u = f - c x, is therefore scaled by
 
-    r = sqrt(Var u_float / Var u),    f <- r u + c x
+    r = sqrt(Var u_float / Var u),    f <- r u + c x - m
 
-with c the output that would say nothing of it (x0_hat = 0). Variances are those over runs, at each
-element, of the quantized sampler with all earlier steps corrected, and of the float sampler from
-the same noise.
+with c the output that would say nothing of it (x0_hat = 0) and m what moves the mean of f to that
+of the float model. Var is what runs differ by at the same element, summed over all elements: of the
+quantized sampler, with all earlier steps corrected, and of the float sampler from the same noise.
+
+Errors that do not follow the output add to Var u instead, and are scaled down with it. The variance
+that PTQD takes out of the noise of a stochastic sampler for them is not given back.
 
 Source: edgeqdm's own. The gain of He et al. 2023, "PTQD", https://arxiv.org/abs/2305.10657, is
 that of one step on the float sampler's samples, and scales what is known of the noise too.
@@ -28,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeqdm.correct.steps import unknown_prediction
-from edgeqdm.errors import InputError
+from edgeqdm.errors import InputError, NumericalError
 from edgeqdm.ir.schedule import CorrectedSchedule, SamplerProgram
 from edgeqdm.models.levels import NoiseLevels
 from edgeqdm.numerics import solver
@@ -36,8 +39,9 @@ from edgeqdm.numerics import solver
 Array = NDArray[np.float32]
 Floats = NDArray[np.float64]
 Value = TypeVar("Value")
-LARGEST_CHANGE = 2.0
-"""Of r, up or down: beyond it the outputs have nothing to do with each other."""
+LARGEST_CHANGE = 1.25
+"""Of r, up or down. At the noisiest steps of a network that predicts the noise, u is smaller than
+the error of f: there the variance is that of the error and says nothing of the samples'."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,30 +78,28 @@ def match_variance(
         progress: called after every step with (done, total).
 
     Raises:
-        InputError: the correction or the runs have another number of steps than the program.
+        InputError: the correction, the levels or the runs have another number of steps than the
+            program.
+        NumericalError: an output is NaN or Inf; names the step.
         UnsupportedError: the prediction type is unknown.
     """
-    if not len(correction.gain) == len(runs.inputs) == program.n_steps:
-        raise InputError(
-            "EQ-3434",
-            f"a correction of {len(correction.gain)} steps and runs of {len(runs.inputs)}, the "
-            f"sampler has {program.n_steps}",
-            hint="collect the runs and measure the correction with this sampler",
-        )
+    _require_steps(program, levels, correction, runs)
     silent = _silent_outputs(program, levels)
-    matched = correction.model_copy(update={"input_weight": (0.0,) * program.n_steps})
+    weights = correction.input_weight or (0.0,) * program.n_steps
+    matched = correction.model_copy(update={"input_weight": weights})
     channels = runs.inputs.shape[2]
-    plain = _table(program, None)
+    plain, table = _table(program, None), _table(program, matched)
     samples: deque[Array] = deque(maxlen=plain.sample_weights.shape[1])
     outputs: deque[Array] = deque(maxlen=plain.output_weights.shape[1])
     sample = runs.inputs[0] / plain.input_scale[0]
     for step in range(program.n_steps):
         fed = plain.input_scale[step] * sample
         found = np.asarray(quantized(fed, step), np.float32)
+        _require_finite(found, step)
         f_hat, variance = found[:, :channels], found[:, channels:]
-        f = runs.outputs[step, :, :channels]
-        before = solver.correct(_table(program, matched), step, f_hat, fed)
-        matched = _with_step(matched, step, silent[step], (before, fed), (f, runs.inputs[step]))
+        mine = solver.correct(table, step, f_hat, fed), fed
+        wanted = runs.outputs[step, :, :channels], runs.inputs[step]
+        matched = _with_step(matched, step, silent[step], mine, wanted)
         if progress is not None:
             progress(step + 1, program.n_steps)
         if step + 1 == program.n_steps:
@@ -108,6 +110,36 @@ def match_variance(
         noise = _drawn(plain, step, runs) if plain.adds_noise(step) else None
         sample = solver.advance(table, step, tuple(samples), tuple(outputs), noise, variance)
     return matched
+
+
+def _require_steps(
+    program: SamplerProgram, levels: NoiseLevels, correction: CorrectedSchedule, runs: FloatRuns
+) -> None:
+    counts = {
+        "correction": len(correction.gain),
+        "levels": len(levels.noise),
+        "inputs": len(runs.inputs),
+        "outputs": len(runs.outputs),
+    }
+    for name, count in counts.items():
+        if count != program.n_steps:
+            raise InputError(
+                "EQ-3435",
+                f"{count} steps, the sampler has {program.n_steps}",
+                path=name,
+                hint="collect the runs and measure the correction with this sampler",
+            )
+
+
+def _require_finite(found: Array, step: int) -> None:
+    bad = int((~np.isfinite(found)).sum())
+    if bad:
+        raise NumericalError(
+            "EQ-5401",
+            f"the quantized network returns {bad} NaN or Inf of {found.size}",
+            path=f"step {step}",
+            hint="leave the layer that overflows in float, or do not match the variance",
+        )
 
 
 def _silent_outputs(program: SamplerProgram, levels: NoiseLevels) -> Floats:
@@ -133,23 +165,29 @@ def _with_step(
     wanted: tuple[Array, Array],
 ) -> CorrectedSchedule:
     """The correction with one more step matched, from (output, network input) of both samplers."""
-    r = 1.0
-    # Without noise left, or without signal yet, an output says nothing or all of the clean sample.
-    if np.isfinite(silent):
-        spread = [_variance(f.astype(np.float64) - silent * x) for f, x in (mine, wanted)]
-        if min(spread) > 0.0:
-            r = float(np.clip(np.sqrt(spread[1] / spread[0]), 1 / LARGEST_CHANGE, LARGEST_CHANGE))
-    weight = (1.0 - r) * silent if r != 1.0 else 0.0
-    excess = r * mine[0].astype(np.float64) + weight * mine[1] - wanted[0]
+    r = _factor(silent, mine, wanted)
+    added = (1.0 - r) * silent if r != 1.0 else 0.0
+    excess = r * mine[0].astype(np.float64) + added * mine[1] - wanted[0]
     gain = r * correction.gain[step]
     bias = np.array(correction.bias[step]) + excess.mean((0, 2, 3)) / gain
+    weights = correction.input_weight or ()
     return correction.model_copy(
         update={
             "gain": _replaced(correction.gain, step, gain),
             "bias": _replaced(correction.bias, step, tuple(bias.tolist())),
-            "input_weight": _replaced(correction.input_weight or (), step, weight),
+            "input_weight": _replaced(weights, step, float(r * weights[step] + added)),
         }
     )
+
+
+def _factor(silent: float, mine: tuple[Array, Array], wanted: tuple[Array, Array]) -> float:
+    """r, or 1 where the variances cannot be compared."""
+    # c is infinite without noise left, where an output says nothing of the clean sample.
+    if not np.isfinite(silent):
+        return 1.0
+    spread, whole = (_variance(f.astype(np.float64) - silent * x) for f, x in (mine, wanted))
+    r = float(np.sqrt(whole / spread)) if spread > 0.0 else 1.0
+    return r if 1.0 / LARGEST_CHANGE <= r <= LARGEST_CHANGE else 1.0
 
 
 def _replaced(row: tuple[Value, ...], step: int, value: Value) -> tuple[Value, ...]:
@@ -164,12 +202,11 @@ def _drawn(plain: solver.Table, step: int, runs: FloatRuns) -> Array:
     """The noise of a step, z, from where it led the float sampler."""
     channels = runs.inputs.shape[2]
 
-    def newest(steps: int, table: Array) -> tuple[Array, ...]:
-        return tuple(table[i] for i in range(step, max(step - steps, -1), -1))
+    def newest(table: Array) -> range:
+        return range(step, max(step - table.shape[1], -1), -1)
 
-    scale = plain.input_scale.reshape(-1, 1, 1, 1, 1)
-    samples = newest(plain.sample_weights.shape[1], runs.inputs / scale)
-    outputs = newest(plain.output_weights.shape[1], runs.outputs[:, :, :channels])
+    samples = [runs.inputs[i] / plain.input_scale[i] for i in newest(plain.sample_weights)]
+    outputs = [runs.outputs[i, :, :channels] for i in newest(plain.output_weights)]
     variance = runs.outputs[step, :, channels:]
     zero = np.zeros_like(samples[0])
     still = solver.advance(plain, step, samples, outputs, zero, variance)

@@ -132,7 +132,8 @@ class CorrectedSchedule(Record):
 
     key: CorrectionKey
     gain: tuple[float, ...]
-    """1 / (1 + k), [S]; k is the part of the error that is correlated with the output."""
+    """1 / (1 + k), [S], k being the part of the error that is correlated with the output; times the
+    factor that keeps the samples' variance, where that is matched."""
     bias: tuple[tuple[float, ...], ...]
     """[S, C], subtracted before the gain."""
     noise_std: tuple[tuple[float, ...], ...]

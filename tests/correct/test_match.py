@@ -6,6 +6,7 @@ The float network is exact for independent Gaussian pixels, whose score is linea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeqdm.correct.match import FloatRuns, match_variance
-from edgeqdm.errors import InputError, UnsupportedError
+from edgeqdm.errors import InputError, NumericalError, UnsupportedError
 from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey, SamplerProgram
 from edgeqdm.models.levels import NoiseLevels, noise_levels
 from edgeqdm.models.sampler import compile_sampler, scheduler_from_name
@@ -38,7 +39,9 @@ SAMPLERS = [
     ("dpmsolver++", "epsilon", 0.0),
     ("dpmsolver++_sde", "epsilon", 0.0),
     ("euler", "epsilon", 0.0),
+    ("euler_ancestral", "epsilon", 0.0),
     ("pndm", "epsilon", 0.0),
+    ("flow_euler", "flow_prediction", 0.0),
 ]
 each_sampler = pytest.mark.parametrize(("name", "prediction", "eta"), SAMPLERS)
 
@@ -46,7 +49,7 @@ each_sampler = pytest.mark.parametrize(("name", "prediction", "eta"), SAMPLERS)
 class Gaussian:
     """Pixels N(0, STD^2) and the network that knows it."""
 
-    def __init__(self, name: str, prediction: str, eta: float) -> None:
+    def __init__(self, name: str, prediction: str, eta: float, **changes: Any) -> None:
         config = {
             "num_train_timesteps": 200,
             "beta_start": 1e-3,
@@ -54,6 +57,7 @@ class Gaussian:
             "beta_schedule": "linear",
             "prediction_type": prediction,
             "clip_sample": False,
+            **changes,
         }
         self.program = compile_sampler(scheduler_from_name(name, config), STEPS, eta=eta)
         self.levels = noise_levels(self.program)
@@ -71,6 +75,7 @@ class Gaussian:
             "epsilon": eps,
             "v_prediction": signal * eps - noise * clean,
             "sample": clean,
+            "flow_prediction": eps - clean,
         }
         return answer[self.program.prediction_type].astype(np.float32)
 
@@ -140,7 +145,8 @@ def test_a_shrunk_prediction_is_given_its_factor_back(
     """Everything the network lost is known, so the float model's samples come back."""
     model = Gaussian(name, prediction, eta)
     found = model.match(model.shrunk)
-    wanted = [1 / factor(step) for step in range(model.program.n_steps)]
+    # Where a flow begins, nothing is known of the clean sample yet: what it says does not vary.
+    wanted = [1 / factor(i) if signal > 0 else 1 for i, signal in enumerate(model.levels.signal)]
     np.testing.assert_allclose(found.gain, wanted, rtol=1e-3)
     reference, _ = model.sample(model.exact)
     raw, _ = model.sample(model.shrunk)
@@ -160,6 +166,7 @@ def test_samples_of_a_network_with_errors_vary_as_those_of_the_float_one(
         "epsilon": 1 / model.levels.noise,
         "v_prediction": model.levels.signal / model.levels.noise,
         "sample": 0 * model.levels.noise,
+        "flow_prediction": 1 / model.levels.noise,
     }[prediction]
     table = solver.Table.from_json(
         model.program.model_dump(mode="json"), found.model_dump(mode="json")
@@ -220,10 +227,53 @@ def test_outputs_without_variance_keep_their_factor() -> None:
     assert any(bias != (0.0, 0.0) for bias in found.bias)
 
 
-def test_the_factor_is_bounded() -> None:
+def test_a_factor_out_of_bounds_says_nothing() -> None:
     model = Gaussian("ddim", "sample", 0.0)
-    assert set(model.match(lambda x, step: 0.01 * model.exact(x, step)).gain) == {2.0}
-    assert set(model.match(lambda x, step: 100 * model.exact(x, step)).gain) == {0.5}
+    for far in (0.7, 1.4):
+        found = model.match(lambda x, step, far=far: far * model.exact(x, step))
+        assert found.gain[0] == 1.0
+        assert found.input_weight == (0.0,) * STEPS
+    near = model.match(lambda x, step: 0.9 * model.exact(x, step))
+    np.testing.assert_allclose(near.gain, 1 / 0.9, rtol=1e-3)
+
+
+def test_what_is_matched_is_left_alone() -> None:
+    """The weight of the input that a correction has already counts."""
+    model = Gaussian("ddim", "v_prediction", 0.0)
+    once = model.match(model.shrunk)
+    twice = model.match(model.shrunk, once)
+    assert once.input_weight is not None
+    assert twice.input_weight is not None
+    np.testing.assert_allclose(twice.gain, once.gain, rtol=1e-5)
+    np.testing.assert_allclose(twice.input_weight, once.input_weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler_ancestral"])
+def test_the_noise_of_the_correction_is_drawn(name: str) -> None:
+    """Half the noise leaves too little variance; the outputs are matched along those samples."""
+    model = Gaussian(name, "epsilon", 0.0)
+    half = tuple((0.5 * std,) * SHAPE[0] for std in model.program.noise_std)
+    before = nothing(model.program, noise_std=half)
+    fed: list[Sample] = []
+
+    def listening(x: Sample, step: int) -> Sample:
+        fed.append(np.array(x))
+        return model.exact(x, step)
+
+    found = model.match(listening, before)
+    assert found.noise_std == half
+    _, theirs = model.sample(model.exact, found)
+    for mine, wanted in zip(fed, theirs.inputs, strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=1e-3)
+
+
+def test_clipping_is_done_along_the_way() -> None:
+    model = Gaussian("ddim", "epsilon", 0.0, clip_sample=True, clip_sample_range=0.4)
+    assert model.program.clip is not None
+    reference, _ = model.sample(model.exact)
+    again, _ = model.sample(model.shrunk, model.match(model.shrunk))
+    raw, _ = model.sample(model.shrunk)
+    assert np.abs(again - reference).max() < 1e-3 < 1e-2 < np.abs(raw - reference).max()
 
 
 def test_a_step_without_noise_is_left_alone() -> None:
@@ -237,38 +287,59 @@ def test_a_step_without_noise_is_left_alone() -> None:
     assert found.gain[0] != 1.0
 
 
-def test_a_learned_variance_is_handed_on() -> None:
-    config = {
-        "num_train_timesteps": 200,
-        "beta_schedule": "linear",
-        "variance_type": "learned_range",
-        "clip_sample": False,
-    }
-    program = compile_sampler(scheduler_from_name("ddpm", config), STEPS)
-    model = Gaussian("ddpm", "epsilon", 0.0)
-    model.program, model.levels = program, noise_levels(program)
+def test_a_learned_variance_is_that_of_the_quantized_network() -> None:
+    model = Gaussian("ddpm", "epsilon", 0.0, variance_type="learned_range")
+    fed: list[Sample] = []
 
-    def with_variance(network: Network) -> Network:
+    def learned(network: Network, low: float) -> Network:
         def both(x: Sample, step: int) -> Sample:
-            return np.concatenate([network(x, step), np.tanh(x)], 1)
+            fed.append(np.array(x))
+            return np.concatenate([network(x, step), np.tanh(x) + np.float32(low)], 1)
 
         return both
 
-    _, runs = model.sample(with_variance(model.exact))
-    first = nothing(program)
-    same = match_variance(program, model.levels, first, with_variance(model.exact), runs)
-    np.testing.assert_allclose(same.gain, 1, atol=1e-4)
-    found = match_variance(program, model.levels, first, with_variance(model.shrunk), runs)
-    np.testing.assert_allclose(found.gain, [1 / factor(i) for i in range(STEPS)], rtol=2e-3)
+    first, (_, runs) = nothing(model.program), model.sample(learned(model.exact, 0.0))
+    for network, low in ((model.exact, 0.0), (model.exact, -0.5), (model.shrunk, -0.5)):
+        fed.clear()
+        found = match_variance(model.program, model.levels, first, learned(network, low), runs)
+        seen = np.stack(fed)
+        _, again = model.sample(learned(network, low), found)
+        np.testing.assert_allclose(seen, again.inputs, atol=2e-3)
+        if network == model.exact and low == 0.0:
+            np.testing.assert_allclose(found.gain, 1, atol=1e-4)
 
 
-def test_runs_of_another_sampler_are_refused() -> None:
+@pytest.mark.parametrize("part", ["inputs", "outputs", "levels", "correction"])
+def test_parts_of_another_sampler_are_refused(part: str) -> None:
     model = Gaussian("ddim", "epsilon", 0.0)
     _, runs = model.sample(model.exact)
-    short = FloatRuns(runs.inputs[1:], runs.outputs[1:])
-    with pytest.raises(InputError, match="runs of 7, the sampler has 8") as refused:
-        match_variance(model.program, model.levels, nothing(model.program), model.exact, short)
-    assert refused.value.code == "EQ-3434"
+    cut = {
+        "inputs": replace(runs, inputs=runs.inputs[1:]),
+        "outputs": replace(runs, outputs=runs.outputs[1:]),
+    }
+    levels, first = model.levels, nothing(model.program)
+    if part == "levels":
+        levels = NoiseLevels(levels.signal[1:], levels.noise[1:])
+    if part == "correction":
+        first = first.model_copy(update={"gain": first.gain[1:]})
+    with pytest.raises(InputError, match="7 steps, the sampler has 8") as refused:
+        match_variance(model.program, levels, first, model.exact, cut.get(part, runs))
+    assert (refused.value.code, refused.value.path) == ("EQ-3435", part)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_refused(bad: float) -> None:
+    """Along the quantized sampler's own samples, where no measurement has been."""
+    model = Gaussian("ddim", "epsilon", 0.0)
+
+    def failing(x: Sample, step: int) -> Sample:
+        found = model.exact(x, step)
+        found[0, 0, 0, 0] = bad if step == 3 else 0.0
+        return found
+
+    with pytest.raises(NumericalError, match="1 NaN or Inf") as refused:
+        model.match(failing)
+    assert (refused.value.code, refused.value.path) == ("EQ-5401", "step 3")
 
 
 def test_an_unknown_prediction_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import cache
 from pathlib import Path
@@ -86,3 +87,21 @@ def test_the_time_of_a_kept_selection_is_told_again(
         )
         assert found.blocks
         assert minutes == 1.0
+
+
+def test_rows_made_with_other_methods_are_made_again(ablation: ModuleType, tmp_path: Path) -> None:
+    last = ablation.rows_of("dit-fmnist", "w4a8")[-1]
+    task = ablation.Task("dit-fmnist", "w4a8", 0.0, last)
+    plain = ablation.Task("dit-fmnist", "float", 0.0, None)
+    report = {"options": {}, "rows": {}}
+    file = tmp_path / "ablation.json"
+    progress = ablation.Progress(report, file, 2)
+    found = {"image_sqnr_db": [1.0, 2.0], "median_image_sqnr_db": [1.0, 2.0]}
+    for each in (task, plain):
+        progress.finish(each, found)
+    assert ablation.read_report(file, {})["rows"].keys() == {task.key, plain.key}
+    for change in ({"methods": {**task.methods, "matched": False}}, {"error": "interrupted"}):
+        stored = json.loads(file.read_text())
+        stored["rows"][task.key] |= change
+        (tmp_path / "other.json").write_text(json.dumps(stored))
+        assert ablation.read_report(tmp_path / "other.json", {})["rows"].keys() == {plain.key}

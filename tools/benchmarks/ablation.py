@@ -350,6 +350,12 @@ class Task:
             return f"{self.model}/float/eta {self.eta:g}/float"
         return key_of(self.model, self.width, self.eta, self.row)
 
+    @property
+    def methods(self) -> dict[str, Any] | None:
+        """What the row is made with, as it is read back from a file."""
+        found: dict[str, Any] | None = json.loads(json.dumps(self.row and asdict(self.row)))
+        return found
+
     def named(self, names: Sequence[str] | None) -> bool:
         return not names or self.row is None or self.row.name in names
 
@@ -467,7 +473,7 @@ class Progress:
 
     def finish(self, task: Task, result: dict[str, Any]) -> None:
         with self._lock:
-            self._report["rows"][task.key] = {**result, "commit": commit()}
+            self._report["rows"][task.key] = {**result, "methods": task.methods, "commit": commit()}
             write_report(self._report, self._out)
             self._done += 1
             spent = (time.monotonic() - self._started) / 60
@@ -492,7 +498,7 @@ def read_report(file: Path, options: dict[str, Any]) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(file.read_text())
         if report["options"] != options:
             raise typer.BadParameter(f"{file} has rows made with {report['options']}")
-        report["rows"] = {k: v for k, v in report["rows"].items() if "error" not in v}
+        report["rows"] = {k: v for k, v in report["rows"].items() if is_current(k, v)}
         return report
     return {
         "command": "python tools/benchmarks/ablation.py " + " ".join(sys.argv[1:]),
@@ -501,6 +507,16 @@ def read_report(file: Path, options: dict[str, Any]) -> dict[str, Any]:
         "provenance": "measured with the integer reference in torch; minutes are CPU minutes",
         "rows": {},
     }
+
+
+def is_current(key: str, found: dict[str, Any]) -> bool:
+    """Whether a row is finished and made with the methods that its name stands for today."""
+    model, width, eta, name = key.split("/", 3)
+    known = {each.name: each for each in rows_of(model, width)}
+    if "error" in found or (width != "float" and name not in known):
+        return False
+    task = Task(model, width, float(eta.removeprefix("eta ")), known.get(name))
+    return bool(task.methods == found.get("methods"))
 
 
 def cpu_name() -> str:
