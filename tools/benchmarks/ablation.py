@@ -162,7 +162,7 @@ def compute(
         "blocks": [asdict(block) for block in found.blocks],
         **measure_images(quantized, correction, work, options),
     }
-    if fid_wanted(row, width):
+    if fid_wanted(model, width, eta, row):
         result |= measure_fid(denoiser, quantized, correction, work, options["fid"])
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
@@ -228,10 +228,15 @@ def plan_of(denoiser: Any, width: str, row: Row) -> Any:
     )
 
 
-def fid_wanted(row: Row, width: str) -> bool:
-    """The first row, those with all corrections, and every baseline of 4-bit activations."""
-    first = row.ranges == "minmax"
-    return first or row.matched or (width == "w4a4" and row.reconstruct is None)
+def fid_wanted(model: str, width: str, eta: float, row: Row) -> bool:
+    """The first row and the last one.
+
+    Without step noise also those with all corrections, and every baseline of 4-bit activations.
+    """
+    ladder = rows_of(model, width)
+    if row in (ladder[0], ladder[-1]):
+        return True
+    return eta == 0 and (row.matched or (width == "w4a4" and row.reconstruct is None))
 
 
 def measure_images(
