@@ -535,7 +535,8 @@ def commit() -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    # The output is of no influence and may be one of the tracked files.
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!docs"))
     return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
 
 
