@@ -343,6 +343,10 @@ def correct(
             effect for a sampler whose levels of signal and noise are not known.
         work: folder for finished parts.
         progress: told of finished work.
+
+    Raises:
+        NumericalError: an output is NaN or Inf, also along the quantized sampler's own samples.
+        UnsupportedError: the variance of an unknown type of prediction is to be matched.
     """
     program, key = quantized.denoiser.program, correction_key(quantized)
     statistics = measure(quantized, trajectories, work=work, progress=progress)

@@ -65,7 +65,7 @@ def closed_loop_samples(
     Raises:
         InputError: the correction has another number of steps than the program.
     """
-    table = _table(program, correction)
+    table = sampler_table(program, correction)
     for images, conditioning in runs:
         yield from _run(table, quantized, images, conditioning, sample_shape, seed)
 
@@ -115,7 +115,8 @@ def second_pass(
     )
 
 
-def _table(program: SamplerProgram, correction: CorrectedSchedule | None) -> solver.Table:
+def sampler_table(program: SamplerProgram, correction: CorrectedSchedule | None) -> solver.Table:
+    """The table to sample with; refuses a correction of another number of steps."""
     if correction is not None and len(correction.gain) != program.n_steps:
         raise InputError(
             "EQ-3431",

@@ -30,8 +30,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeqdm.correct.closed_loop import sampler_table
+from edgeqdm.correct.measure import require_finite
 from edgeqdm.correct.steps import unknown_prediction
-from edgeqdm.errors import InputError, NumericalError
+from edgeqdm.errors import InputError
 from edgeqdm.ir.schedule import CorrectedSchedule, SamplerProgram
 from edgeqdm.models.levels import NoiseLevels
 from edgeqdm.numerics import solver
@@ -88,14 +90,14 @@ def match_variance(
     weights = correction.input_weight or (0.0,) * program.n_steps
     matched = correction.model_copy(update={"input_weight": weights})
     channels = runs.inputs.shape[2]
-    plain, table = _table(program, None), _table(program, matched)
+    plain, table = sampler_table(program, None), sampler_table(program, matched)
     samples: deque[Array] = deque(maxlen=plain.sample_weights.shape[1])
     outputs: deque[Array] = deque(maxlen=plain.output_weights.shape[1])
     sample = runs.inputs[0] / plain.input_scale[0]
     for step in range(program.n_steps):
         fed = plain.input_scale[step] * sample
         found = np.asarray(quantized(fed, step), np.float32)
-        _require_finite(found, step)
+        require_finite(found, "quantized", step)
         f_hat, variance = found[:, :channels], found[:, channels:]
         mine = solver.correct(table, step, f_hat, fed), fed
         wanted = runs.outputs[step, :, :channels], runs.inputs[step]
@@ -104,7 +106,7 @@ def match_variance(
             progress(step + 1, program.n_steps)
         if step + 1 == program.n_steps:
             break
-        table = _table(program, matched)
+        table = sampler_table(program, matched)
         samples.appendleft(sample)
         outputs.appendleft(solver.correct(table, step, f_hat, fed))
         noise = _drawn(plain, step, runs) if plain.adds_noise(step) else None
@@ -129,17 +131,6 @@ def _require_steps(
                 path=name,
                 hint="collect the runs and measure the correction with this sampler",
             )
-
-
-def _require_finite(found: Array, step: int) -> None:
-    bad = int((~np.isfinite(found)).sum())
-    if bad:
-        raise NumericalError(
-            "EQ-5401",
-            f"the quantized network returns {bad} NaN or Inf of {found.size}",
-            path=f"step {step}",
-            hint="leave the layer that overflows in float, or do not match the variance",
-        )
 
 
 def _silent_outputs(program: SamplerProgram, levels: NoiseLevels) -> Floats:
@@ -214,10 +205,3 @@ def _drawn(plain: solver.Table, step: int, runs: FloatRuns) -> Array:
     moved = runs.inputs[step + 1] / plain.input_scale[step + 1] - still
     z: Array = np.divide(moved, std, out=zero, where=std > 0)
     return z
-
-
-def _table(program: SamplerProgram, correction: CorrectedSchedule | None) -> solver.Table:
-    return solver.Table.from_json(
-        program.model_dump(mode="json"),
-        None if correction is None else correction.model_dump(mode="json"),
-    )

@@ -182,14 +182,20 @@ def _predict(
             path=f"step {step}",
             hint="return the output after guidance, with C channels or 2C with a learned variance",
         )
-    if not bool(np.isfinite(f).all()):
+    require_finite(f, name, step)
+    return f
+
+
+def require_finite(output: Output, name: str, step: int) -> None:
+    """Refuses an output with NaN or Inf of the network `name`."""
+    if not bool(np.isfinite(output).all()):
+        bad = int((~np.isfinite(output)).sum())
         raise NumericalError(
             "EQ-5401",
-            f"the {name} network returns {int((~np.isfinite(f)).sum())} NaN or Inf of {f.size}",
+            f"the {name} network returns {bad} NaN or Inf of {output.size}",
             path=f"step {step}",
             hint="leave the layer that overflows in float; check that the sample is finite",
         )
-    return f
 
 
 def _require_all_steps(sums: Mapping[int, object], n_steps: int) -> None:

@@ -30,6 +30,8 @@ Sample = NDArray[np.float32]
 Network = Callable[[Sample, int], Sample]
 STEPS, RUNS, SHAPE = 8, 24, (2, 8, 8)
 STD = 0.5
+# Outputs are float32, and what they say of a clean sample is a difference of two much
+# larger numbers: bounds of 1e-3 leave room for that and are a thirtieth of what factors change.
 SAMPLERS = [
     ("ddim", "epsilon", 0.0),
     ("ddim", "v_prediction", 0.0),
