@@ -194,6 +194,8 @@ def grouped_matmul(codes: Tensor, activation_scale: Tensor, weight: GroupedWeigh
         )
     carrier = torch.float32 if group_size <= FLOAT32_EXACT_GROUP else torch.float64
     centred = grouped_view(weight.codes, group_size).to(carrier) - weight.zero_point[..., None]
+    # A row that is contiguous multiplies up to twice as fast.
+    weight_scale = weight.scale.t().contiguous()
     tokens = codes.reshape(-1, width)
     scales = activation_scale.expand(*codes.shape[:-1], columns).reshape(-1, columns)
     y = torch.zeros(len(tokens), weight.codes.shape[0])
@@ -207,7 +209,7 @@ def grouped_matmul(codes: Tensor, activation_scale: Tensor, weight: GroupedWeigh
             rows = centred[:, index, : part.shape[1]]
             accumulator = F.linear(part.to(carrier), rows).to(torch.float32)
             of_group = scale[:, index if columns > 1 else 0, None]
-            total.addcmul_(accumulator.mul_(weight.scale[:, index]), of_group)
+            total.addcmul_(accumulator.mul_(weight_scale[index]), of_group)
     return y.reshape(*codes.shape[:-1], -1)
 
 
