@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -83,10 +84,22 @@ app = typer.Typer(
 def main() -> None:
     """Console entry point."""
     signal.signal(signal.SIGTERM, _terminate)
+    _yield_soon()
     # A name that the terminal's encoding lacks is no reason to fail at the very end.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     app()
+
+
+def _yield_soon() -> None:
+    """Let torch's waiting threads give way to others after microseconds, unless the user set it.
+
+    A thread that spins holds the core that the one it waits for needs. With one of two cores taken
+    by another program, 500 small convolutions in torch take 13 s with GNU OpenMP's 300,000 turns
+    and 1.2 s with these; on a quiet machine both take 0.7 s.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

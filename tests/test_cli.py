@@ -546,6 +546,32 @@ def test_sigterm_cleans_up_and_ends_with_143(
     assert capsys.readouterr().err == "terminated: run the same command again to go on\n"
 
 
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_waiting_threads_give_way_unless_the_user_says_how_they_wait(
+    given: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(given)
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "argv", ["edgeqdm", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert environment == expected
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    # Its threads read the environment when it is loaded.
+    code = "import sys, edgeqdm.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
