@@ -106,13 +106,11 @@ def rows_of(model: str, width: str) -> tuple[Row, ...]:
         ),
     ]
     last = replace(ladder[-1], name="+ matched variance", matched=True)
-    ladder.append(last)
+    ladder += [last, replace(last, name="+ training", tuned=True)]
     if width == "w4a4":
-        # 4-bit activations everywhere are a step of the ladder, not a result: not trained.
-        last = replace(last, name="+ bits by step", step_aware=True, after=last.name)
-        ladder.append(last)
-    trained = "+ bits by step, training" if width == "w4a4" else "+ training"
-    ladder.append(replace(last, name=trained, tuned=True, after=None))
+        by_step = replace(last, name="+ bits by step", step_aware=True, after=last.name)
+        trained = replace(by_step, name="+ bits by step, training", tuned=True, after=None)
+        ladder += [by_step, trained]
     return tuple(ladder)
 
 
