@@ -67,10 +67,19 @@ class Verbs(TyperGroup):
         sys.exit(guarded(lambda: self._run(given), as_json=as_json, verbose=verbose))
 
     def _run(self, given: list[str]) -> None:
-        # typer.Exit is how --help and --version end.
-        with contextlib.suppress(typer.Exit), self.make_context("edgeqdm", given) as context:
-            self.invoke(context)
+        try:
+            # typer.Exit is how --help and --version end.
+            with contextlib.suppress(typer.Exit), self.make_context("edgeqdm", given) as context:
+                self.invoke(context)
+        except Exception:
+            # Native code makes errors of its own of what a signal raises inside it.
+            if _signals:
+                raise _exception_of(_signals[-1]) from None
+            raise
 
+
+_signals: list[int] = []
+"""What this run was sent, latest last."""
 
 app = typer.Typer(
     cls=Verbs,
@@ -83,7 +92,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Console entry point."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _signals.clear()
+    signal.signal(signal.SIGTERM, _stop)
+    # Ctrl-C stays ignored where whoever started the command has it ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     _yield_soon()
     # A name that the terminal's encoding lacks is no reason to fail at the very end.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -102,10 +115,16 @@ def _yield_soon() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    # An exception, so that half-written output is cleaned up; a second signal must not stop that.
-    signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(TERMINATED)
+def _stop(number: int, frame: object) -> NoReturn:
+    _signals.append(number)
+    # An exception, so that half-written output is cleaned up; a second SIGTERM must not stop that.
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    raise _exception_of(number)
+
+
+def _exception_of(number: int) -> BaseException:
+    return SystemExit(TERMINATED) if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def _version(wanted: bool) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -521,9 +522,10 @@ def test_ctrl_c_ends_with_130_and_one_line(calls: Calls, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("handlers")
@@ -544,6 +546,46 @@ def test_sigterm_cleans_up_and_ends_with_143(
         cli.main()
     assert (ended.value.code, cleaned) == (143, [True])
     assert capsys.readouterr().err == "terminated: run the same command again to go on\n"
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_that_native_code_makes_an_error_of_still_ends_with_its_code(
+    number: signal.Signals,
+    code: int,
+    told: str,
+    calls: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unreadable(*_: Any) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(number)
+        raise InputError("EQ-3127", "cannot be read")
+
+    monkeypatch.setattr(pipeline, "verify", unreadable)
+    monkeypatch.setattr(sys, "argv", ["edgeqdm", "verify", "package", "--quiet"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"{told}: run the same command again to go on\n"
+    # The next run knows nothing of it.
+    monkeypatch.setattr(sys, "argv", ["edgeqdm", "--no-such-option"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_ignored_ctrl_c_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(sys, "argv", ["edgeqdm", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.usefixtures("handlers")
