@@ -105,3 +105,42 @@ def test_rows_made_with_other_methods_are_made_again(ablation: ModuleType, tmp_p
         stored["rows"][task.key] |= change
         (tmp_path / "other.json").write_text(json.dumps(stored))
         assert ablation.read_report(tmp_path / "other.json", {})["rows"].keys() == {plain.key}
+
+
+def test_the_page_tells_what_was_measured_and_nothing_else(
+    ablation: ModuleType, tmp_path: Path
+) -> None:
+    first, searched = ablation.rows_of("dit-fmnist", "w4a8")[:2]
+    measured = {
+        "commit": "0123456789",
+        "image_sqnr_db": [10.0, 11.0, 12.0],
+        "image_sqnr_mean_db": 11.0,
+        "image_sqnr_spread_db": 2.0,
+        "median_image_sqnr_db": [10.0, 11.0, 15.0],
+        "output_sqnr_db": 9.0,
+        "weight_share": 0.125,
+        "quantization_cpu_minutes": 0.5,
+        "peak_rss_mb": 100.0,
+    }
+    better = {"image_sqnr_db": [11.0, 12.5, 13.0], "image_sqnr_mean_db": 12.2}
+    fid = {"feature_fid": 0.25, "feature_fid_change": 0.1, "feature_fid_change_spread": 0.02}
+    key = "dit-fmnist/w4a8/eta 1/"
+    report = {
+        "machine": {"cpu": "a processor", "system": "a system"},
+        "options": {"images": 64, "fid": 2000},
+        "rows": {
+            key + first.name: measured | fid,
+            key + searched.name: measured | better,
+            key + "+ groups": {"error": "no memory", "commit": "9876543210"},
+        },
+    }
+    ablation.write_report(report, tmp_path / "x.json")
+    ablation.write_page(report, tmp_path / "x.md")
+    page = (tmp_path / "x.md").read_text()
+    assert "at 0123456." in page
+    assert page.count("## ") == 1
+    assert page.split("|\n", 2)[2] == (
+        "| round to nearest, min-max | 11.0 (2.0) | - | 12.0 | 9.0 | 0.250 (+10.0 +- 2.0 %) "
+        "| 0.125 | 0.5 | 100 |\n"
+        "| + range search | 12.2 (2.0) | +1.17 +- 0.29 | 12.0 | 9.0 | - | 0.125 | 0.5 | 100 |\n"
+    )

@@ -6,7 +6,8 @@ Images are drawn with the exact integer reference of a quantized network, whatev
 Every row is computed in a process of its own, so that its peak memory is its own; finished rows are
 kept in the output file and not computed again. Image SQNR is that of free runs against the float
 model from equal noise, over several seeds; a row whose change against the row before lies inside
-the spread over seeds is marked. No figure here is a latency.
+the spread over seeds is marked. No figure here is a latency. A page of tables and a figure are
+written beside the output file.
 """
 
 from __future__ import annotations
@@ -455,6 +456,7 @@ def table(
             pool.shutdown(cancel_futures=True)
             raise
     draw_figure(report, out.with_suffix(".png"))
+    write_page(report, out.with_suffix(".md"))
     if any("error" in each for each in report["rows"].values()):
         raise typer.Exit(1)
 
@@ -557,10 +559,7 @@ def verdicts(report: dict[str, Any]) -> dict[str, dict[str, str]]:
         model, width, eta, own = name.split("/", 3)
         if width == "float":
             continue
-        ladder = rows_of(model, width)
-        index = [each.name for each in ladder].index(own)
-        before = ladder[index].after or (ladder[index - 1].name if index else None)
-        other = rows.get(f"{model}/{width}/{eta}/{before}")
+        other = rows.get(f"{model}/{width}/{eta}/{before(rows_of(model, width), own)}")
         if other is None or "error" in other or "error" in mine:
             continue
         found[name] = {
@@ -572,12 +571,87 @@ def verdicts(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     return found
 
 
+def before(ladder: Sequence[Row], name: str) -> str | None:
+    """Name of the row that this one is compared with."""
+    index = [each.name for each in ladder].index(name)
+    return ladder[index].after or (ladder[index - 1].name if index else None)
+
+
 def verdict(mine: Sequence[float], theirs: Sequence[float]) -> str:
     """Mean change over seeds and its standard deviation, in words."""
     change = np.subtract(mine, theirs)
     inside = abs(change.mean()) <= 2 * change.std(ddof=1) / len(change) ** 0.5
     note = " (inside the spread)" if inside else ""
     return f"{change.mean():+.2f} +- {change.std(ddof=1):.2f} dB{note}"
+
+
+def write_page(report: dict[str, Any], file: Path) -> None:
+    """The rows as tables for reading, in the order of their ladders."""
+    machine, options = report["machine"], report["options"]
+    rows = {name: row for name, row in report["rows"].items() if "error" not in row}
+    commits = sorted({row["commit"][:7] for row in rows.values()})
+    lines = [
+        "# What each method buys",
+        "",
+        f"Made by `tools/benchmarks/ablation.py` on {machine['cpu']}, {machine['system']}, one "
+        f"thread per row, at {', '.join(commits)}. DDIM, {STEPS} steps. Image SQNR: free runs "
+        f"against the float model from equal noise, {options['images']} images for each of "
+        f"{len(IMAGE_SEEDS)} seeds: mean, and largest less smallest. Change: seed by seed against "
+        'the row above or the one named, mean and standard deviation; "in spread" where the mean '
+        "is within twice its standard error of 0. Median: of the median image, over the same seeds. "
+        f"Step SQNR: of one evaluation, the worst step. FID: {options['fid']} images, features of a garment "
+        "classifier, and its change against float with the standard deviation of the bootstrap. "
+        "Bytes: weights as stored, share of float32. Minutes: CPU time of quantizing. Peak: "
+        "resident MB of the whole row.",
+    ]
+    columns = "image SQNR dB|change dB|median dB|step SQNR dB|FID|bytes|minutes|peak"
+    for model, width, eta in panels_of(rows):
+        ladder = rows_of(model, width)
+        shown = [(each, rows.get(f"{model}/{width}/{eta}/{each.name}")) for each in ladder]
+        lines += [
+            "",
+            f"## {model}, {width}, {eta}",
+            "",
+            f"| | {columns.replace('|', ' | ')} |",
+            "|---" * (2 + columns.count("|")) + "|",
+            *(told(each, found) for each, found in shown if found),
+        ]
+    file.write_text("\n".join(lines) + "\n")
+
+
+def panels_of(rows: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Every (model, width, eta) that has rows, in the order of the ladders."""
+    found = {tuple(key.split("/")[:3]) for key in rows}
+    return [
+        (model, width, f"eta {eta:g}")
+        for eta in ETAS
+        for model in MODELS
+        for width in WIDTHS
+        if (model, width, f"eta {eta:g}") in found
+    ]
+
+
+def told(row: Row, found: dict[str, Any]) -> str:
+    """One line of a table."""
+    fid = f"{found['feature_fid']:.3f}" if "feature_fid" in found else "-"
+    if "feature_fid_change" in found:
+        change, spread = found["feature_fid_change"], found["feature_fid_change_spread"]
+        fid += f" ({100 * change:+.1f} +- {100 * spread:.1f} %)"
+    against = found.get("against_before", "-").replace(" dB", "").replace("inside the", "in")
+    if row.after and against != "-":
+        against += f", against {row.after}"
+    cells = [
+        row.name,
+        f"{found['image_sqnr_mean_db']:.1f} ({found['image_sqnr_spread_db']:.1f})",
+        against,
+        f"{np.mean(found['median_image_sqnr_db']):.1f}",
+        f"{found['output_sqnr_db']:.1f}",
+        fid,
+        f"{found['weight_share']:.3f}",
+        f"{found['quantization_cpu_minutes']:.1f}",
+        f"{found['peak_rss_mb']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def draw_figure(report: dict[str, Any], file: Path) -> None:
