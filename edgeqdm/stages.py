@@ -55,6 +55,7 @@ from edgeqdm.ir.record import Record
 from edgeqdm.ir.schedule import CorrectedSchedule, SamplerProgram
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.levels import NoiseLevels, noise_levels
+from edgeqdm.numerics.noise import SNR_CAP_DB
 from edgeqdm.quantize import finetune as finetuning
 from edgeqdm.quantize import quantizer
 from edgeqdm.quantize.blocks import most_reused
@@ -340,7 +341,8 @@ def correct(
         corrector: default PTQD with all its parts.
         closed_loop: measure a second time, along the corrected quantized sampler's own samples.
         matched: keep the variance of the float model's samples, see `match_variance`; without
-            effect for a sampler whose levels of signal and noise are not known.
+            effect for a sampler whose levels of signal and noise are not known, and for a network
+            that makes no error.
         work: folder for finished parts.
         progress: told of finished work.
 
@@ -354,7 +356,9 @@ def correct(
     if closed_loop:
         again = _measure_again(quantized, trajectories, schedule)
         schedule = correct_schedule(program, again, key, corrector=corrector)
-    levels = _levels(program) if matched else None
+    # Without errors r would differ from 1 by rounding only, and samples with it.
+    exact = min(statistics.snr_db) == SNR_CAP_DB
+    levels = _levels(program) if matched and not exact else None
     if levels is None:
         return schedule
     asked = (trajectories.key(), precision_digest(quantized), digest(schedule))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -14,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from edgeqdm import load, pipeline, stages
+from edgeqdm.bench.compare import conditioning_for, draw, float_predictor, player_of
+from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.correct.corrector import Ptqd
 from edgeqdm.correct.steps import activation_bits_by_step, contiguous
 from edgeqdm.emit.package import correction_key
@@ -22,10 +25,11 @@ from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import ActivationPolicy, Precision
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.levels import noise_levels
+from edgeqdm.models.sampler import scheduler_from_name
 from edgeqdm.quantize import quantizer
 from edgeqdm.quantize.finetune import FinetuneSettings
 from edgeqdm.quantize.group_search import GroupSearchSettings
-from edgeqdm.quantize.plans import with_activation_bits
+from edgeqdm.quantize.plans import float_plan, with_activation_bits
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 from edgeqdm.quantize.reconstruct import ReconstructionSettings
 from edgeqdm.quantize.store import load_quantized, save_quantized
@@ -33,6 +37,7 @@ from edgeqdm.stages import Calibration, Method, Quantization
 from edgeqdm.testing.conformance import small_denoiser
 from edgeqdm.testing.tiny import write_tiny_unet
 
+NOISY = {"beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "trailing"}
 STEPS, RUNS = 5, 20
 """More runs than one chunk of trajectories holds."""
 QUICK = ReconstructionSettings(iterations=6, batch=8)
@@ -311,6 +316,36 @@ def test_a_sampler_of_unknown_levels_is_corrected_without_matching(
     runs = small()[1].trajectories
     monkeypatch.setattr(stages, "noise_levels", unknown)
     assert stages.correct(quantized(), runs) == stages.correct(quantized(), runs, matched=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ddim", "ddpm", "deis", "dpmsolver++", "dpmsolver++_1s", "dpmsolver++_sde", "euler"),
+        *("euler_ancestral", "flow_euler", "lcm", "pndm", "unipc"),
+    ],
+)
+@pytest.mark.parametrize("closed_loop", [False, True])
+# diffusers hands tensors to numpy in ways that numpy 2 deprecates.
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning",
+    "ignore:__array_wrap__ must accept:DeprecationWarning",
+)
+def test_p2_samples_of_a_network_without_errors_stay_the_same(name: str, closed_loop: bool) -> None:
+    """P2, with all that corrects by default."""
+    config = {"num_train_timesteps": 1000}
+    scheduler = scheduler_from_name(name, config if name == "flow_euler" else NOISY | config)
+    denoiser = small_denoiser(scheduler, steps=STEPS)
+    floats = float_plan(denoiser.info, "onnxruntime", denoiser.program.n_steps)
+    exact = quantizer.quantize(denoiser, floats, {})
+    runs = collect_trajectories(denoiser, 4, seed=3)
+    found = stages.correct(exact, runs, closed_loop=closed_loop)
+    fed = conditioning_for(denoiser, 3, 4)
+    plain, corrected = (
+        draw(player_of(denoiser, each), float_predictor(denoiser), fed, 3, 4)
+        for each in (None, found)
+    )
+    assert np.array_equal(plain, corrected)
 
 
 def test_the_closed_loop_measures_again_along_other_samples() -> None:
