@@ -27,7 +27,7 @@ from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment
 from edgeqdm.ir.precision import GROUP_SIZES, Precision
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer
-from edgeqdm.numerics.cost import bit_operations
+from edgeqdm.numerics.cost import RESCALE_COST, bit_operations
 from edgeqdm.numerics.packing import weight_bytes
 from edgeqdm.quantize.group_search import (
     Genome,
@@ -215,6 +215,8 @@ def _bit_operations(
         activation_bits=precision.activation_bits,
         group_size=size,
         dynamic=precision.dynamic,
+        # Every group has a zero_point, whose part of the sum is taken out again.
+        rescale_cost=2 * RESCALE_COST,
     )
 
 

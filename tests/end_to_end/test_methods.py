@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from edgeqdm import load, pipeline, verify, wrap
+from edgeqdm.bench.compare import (
+    conditioning_for,
+    draw,
+    float_predictor,
+    player_of,
+    reference_predictor,
+)
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import ActivationPolicy, Precision
 from edgeqdm.models.denoiser import Denoiser
-from edgeqdm.numerics import philox, solver
 from edgeqdm.quantize.finetune import FinetuneSettings
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 from edgeqdm.quantize.reconstruct import ReconstructionSettings
@@ -39,11 +45,14 @@ class Prepared:
     def plan(self, body: str, activation: ActivationPolicy | None = None) -> DeploymentPlan:
         return pipeline.rule_plan(self.denoiser, body=Precision(body), activation=activation)
 
-    def error(self, body: str, method: pipeline.Method) -> float:
-        """Teacher-forced: mean over the steps of error energy over signal energy."""
+    def quantized(self, body: str, method: pipeline.Method) -> QuantizedDenoiser:
         plan = self.plan(body)
         found = pipeline.quantize(self.denoiser, self.calibration, plan=plan, method=method)
-        ratios = pipeline.measure(found.quantized, self.calibration.trajectories).snr_db
+        return found.quantized
+
+    def error(self, quantized: QuantizedDenoiser) -> float:
+        """Teacher-forced: mean over the steps of error energy over signal energy."""
+        ratios = pipeline.measure(quantized, self.calibration.trajectories).snr_db
         return sum(10 ** (-ratio / 10) for ratio in ratios) / len(ratios)
 
 
@@ -86,19 +95,37 @@ def uneven(seed: int) -> Prepared:
     return Prepared(denoiser, pipeline.calibrate(denoiser, samples=32))
 
 
+def psnr_db(quantized: QuantizedDenoiser) -> float:
+    """Of the final latents of the sampler from equal noise, over the range of the float ones."""
+    denoiser = quantized.denoiser
+    fed = conditioning_for(denoiser, 15, 11)
+    wanted, drawn = (
+        draw(player_of(denoiser), evaluate, fed, 15, 11)
+        for evaluate in (float_predictor(denoiser), reference_predictor(quantized))
+    )
+    return float(10 * np.log10(np.ptp(wanted) ** 2 / np.mean((drawn - wanted) ** 2)))
+
+
 def test_groups_beat_rows_and_learned_rounding_beats_both_at_4_bits() -> None:
-    """I2: on the average of 5 seeds, by a third each; it measures 2.3 and 2.7 times."""
+    """I2: on the average of 5 seeds, by a third each; it measures 2.3 and 2.7 times.
+
+    So do the final latents, by 2 dB each; they measure 41.9, 45.5 and 49.7 dB.
+    """
     plain = pipeline.Method(ranges="minmax")
     settings = ReconstructionSettings(iterations=40, batch=16)
     learned = pipeline.Method(reconstruction=settings, selected=96, density=False)
-    totals = [0.0, 0.0, 0.0]
+    errors, final = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     for seed in range(5):
         model = uneven(seed)
         pairs = (("w4a8", plain), ("w4g16a8", plain), ("w4g16a8", learned))
         for place, (body, method) in enumerate(pairs):
-            totals[place] += model.error(body, method) / 5
-    nearest, grouped, reconstructed = totals
-    assert nearest > 1.3 * grouped > 1.3 * 1.3 * reconstructed, totals
+            found = model.quantized(body, method)
+            errors[place] += model.error(found) / 5
+            final[place] += psnr_db(found) / 5
+    nearest, grouped, reconstructed = errors
+    assert nearest > 1.3 * grouped > 1.3 * 1.3 * reconstructed, errors
+    nearest, grouped, reconstructed = final
+    assert nearest + 2 < grouped < reconstructed - 2, final
 
 
 def test_eight_bits_are_close_to_float() -> None:
@@ -110,28 +137,10 @@ def test_eight_bits_are_close_to_float() -> None:
         assert min(pipeline.measure(found.quantized, model.calibration.trajectories).snr_db) > 24.0
 
 
-def free_run(predict: Callable[[Tensor, int, Tensor], Tensor], denoiser: Denoiser) -> Tensor:
-    """Final latents [3, C, H, W] of the sampler, every label once, always from the same noise."""
-    shape, images, labels = denoiser.info.sample_shape, range(3), torch.arange(3)
-    drawn = solver.run(
-        solver.Table.from_json(denoiser.program.model_dump(mode="json")),
-        lambda x, step: predict(torch.from_numpy(x), step, labels).numpy(),
-        philox.batch_normal(11, philox.INITIAL_STREAM, images, shape),
-        lambda step: philox.batch_normal(11, philox.step_stream(step), images, shape),
-    )
-    return torch.from_numpy(drawn)
-
-
 @pytest.mark.parametrize(("kind", "least"), [("unet", 40.0), ("dit", 55.0)])
 def test_latents_of_eight_bits_end_where_those_of_float_do(kind: str, least: float) -> None:
-    """I2: PSNR over the range of the float latents; 45 and 61 dB, random weights as above."""
-    model = tiny(kind)
-    method = pipeline.Method(ranges="minmax")
-    found = pipeline.quantize(model.denoiser, model.calibration, method=method).quantized
-    wanted = free_run(model.denoiser.predict, model.denoiser)
-    error = (free_run(found.predict, model.denoiser) - wanted).square().mean()
-    peak = wanted.max() - wanted.min()
-    assert float(10 * torch.log10(peak.square() / error)) > least
+    """I2: 45 and 61 dB, random weights as above."""
+    assert psnr_db(tiny(kind).quantized("w8a8", pipeline.Method(ranges="minmax"))) > least
 
 
 def predictions(quantized: QuantizedDenoiser) -> list[Tensor]:
@@ -141,16 +150,21 @@ def predictions(quantized: QuantizedDenoiser) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 @pytest.mark.parametrize(
-    ("body", "activation"),
-    [("w8a8", STATIC), ("w4a8", TEMPORAL), ("w4g32a8dyn", None)],
-    ids=["static", "temporal", "dynamic"],
+    ("body", "activation", "mlp"),
+    [
+        ("w8a8", STATIC, False),
+        ("w4a8", TEMPORAL, False),
+        ("w4a8", TEMPORAL, True),
+        ("w4g32a8dyn", None, False),
+    ],
+    ids=["static", "tables", "networks of the timestep", "dynamic"],
 )
 def test_every_policy_on_either_network_comes_back_from_its_file(
-    kind: str, body: str, activation: ActivationPolicy | None, tmp_path: Path
+    kind: str, body: str, activation: ActivationPolicy | None, mlp: bool, tmp_path: Path
 ) -> None:
     """I3: through the whole of `quantize_to_file`, equal to the same stages in memory."""
     model = tiny(kind)
-    plan, method = model.plan(body, activation), pipeline.Method(ranges="minmax")
+    plan, method = model.plan(body, activation), pipeline.Method(ranges="minmax", mlp=mlp)
     stored = pipeline.quantize_to_file(
         model.denoiser, tmp_path / "model.safetensors", plan=plan, method=method, samples=RUNS
     )

@@ -191,10 +191,10 @@ def test_the_plan_that_is_found_has_the_sizes_of_the_genome() -> None:
 
 
 def bit_operations_by_hand(wide: int, narrow: int) -> int:
-    """16 outputs of 64 and of 16 inputs: products, a rescaling of 512 per output and group, and
-    32 per input value whose range is measured."""
-    per_token = 16 * 64 * 4 * 8 + 16 * -(-64 // wide) * 512 + 64 * 32
-    per_token += 16 * 16 * 4 * 8 + 16 * -(-16 // narrow) * 512 + 16 * 32
+    """16 outputs of 64 and of 16 inputs: products, a rescaling of 512 for the sum and as much for
+    the zero_point of every output and group, and 32 per input value whose range is measured."""
+    per_token = 16 * 64 * 4 * 8 + 16 * -(-64 // wide) * 1024 + 64 * 32
+    per_token += 16 * 16 * 4 * 8 + 16 * -(-16 // narrow) * 1024 + 16 * 32
     return TOKENS * per_token
 
 

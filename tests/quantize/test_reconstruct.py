@@ -23,7 +23,9 @@ from edgeqdm.ir.precision import Precision
 from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.models.layers import get_layer
 from edgeqdm.numerics.affine import weight_max
+from edgeqdm.numerics.rounding import drop_mix
 from edgeqdm.quantize import reconstruct as module
+from edgeqdm.quantize import soft_activations
 from edgeqdm.quantize.parameters import Parameters
 from edgeqdm.quantize.plans import default_plan, with_activation_bits
 from edgeqdm.quantize.quantizer import assemble, initialise
@@ -178,6 +180,55 @@ def test_hard_codes_are_floor_or_ceil_on_unchanged_scales(body: str) -> None:
         # A ratio within float32 error of a whole number may be seen on its other side.
         near = (ratio - ratio.round()).abs() < 1e-4
         assert bool(((codes == floor) | (codes == ceil) | near).all())
+
+
+def test_losses_are_measured_undropped_and_the_last_on_stored_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """E7, E10."""
+    evaluate, seen = module._Task.evaluate, []
+
+    def watched(task: Any, rows: Tensor) -> float:
+        once, again = evaluate(task, rows), evaluate(task, rows)
+        assert once == again
+        hard = [getattr(layer.weight, "hard", None) for layer in task._layers()]
+        seen.append((once, hard))
+        return once
+
+    monkeypatch.setattr(module._Task, "evaluate", watched)
+    found = run("w4a8", BRIEF)
+    for k, block in enumerate(found.blocks):
+        (near, given), (soft, undecided), (last, decided) = seen[3 * k : 3 * k + 3]
+        assert (near, soft, last) == (block.loss_nearest, block.loss_soft, block.loss_hard)
+        assert set(given) == {None}
+        assert set(undecided) == {False}
+        assert set(decided) == {True}
+
+
+def test_training_drops_half_of_the_activations_and_mixes_half_of_the_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """E10."""
+    shares: dict[str, list[Tensor]] = {"input": [], "activation": []}
+
+    def counted(place: str, real: Any) -> Any:
+        def mix(quantized: Tensor, original: Tensor, *rest: Any) -> Tensor:
+            found: Tensor = real(quantized, original, *rest)
+            if torch.is_grad_enabled():
+                differ = quantized != original
+                shares[place].append((found == original)[differ].detach().flatten())
+            return found
+
+        return mix
+
+    monkeypatch.setattr(module, "drop_mix", counted("input", drop_mix))
+    monkeypatch.setattr(soft_activations, "drop_mix", counted("activation", drop_mix))
+    run("w4a8", BRIEF)
+    for place, found in shares.items():
+        share = torch.cat(found).float()
+        assert len(share) > 10_000, place
+        # Four deviations of a fair coin.
+        assert abs(float(share.mean()) - 0.5) < 2 / len(share) ** 0.5, place
 
 
 def test_activation_scales_of_every_step_are_learned() -> None:
@@ -355,6 +406,27 @@ def test_interrupted_run_goes_on_to_the_identical_result(tmp_path: Path, after: 
     assert_same(run("w4a8", BRIEF, work=tmp_path), whole)
 
 
+def test_ctrl_c_within_a_block_loses_that_block_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I10."""
+    whole = run("w4a8", BRIEF)
+    errors, calls = module._Task._errors, iter(range(100))
+
+    def stopped(task: Any, rows: Tensor) -> Any:
+        if next(calls) == BRIEF.iterations + 3:
+            raise KeyboardInterrupt
+        return errors(task, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Task, "_errors", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run("w4a8", BRIEF, work=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".st"
+    assert_same(run("w4a8", BRIEF, work=tmp_path), whole)
+
+
 def test_finished_run_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """I10."""
     first = run("w4a8", BRIEF, work=tmp_path)
@@ -523,6 +595,20 @@ def test_a_block_that_is_no_better_keeps_its_networks() -> None:
         assert torch.equal(found.generator.tensors()[key], value)
     for variant, mine in before.layers.items():
         assert torch.equal(found.parameters.layers[variant].weight.codes, mine.weight.codes)
+
+
+def test_a_step_without_samples_keeps_its_scales() -> None:
+    """I6: nothing was learned of it."""
+    plan, before, _ = prepared("w4a8")
+    selection = select(trajectories(1), [16, 0, 16], seed=2)
+    found = reconstruct(toy(), plan, before, selection, settings=FAST)
+    assert any(block.kept for block in found.blocks)
+    for variant, mine in found.parameters.layers.items():
+        given, learned = before.layers[variant].activation, mine.activation
+        assert given is not None
+        assert learned is not None
+        assert torch.equal(learned.scale[1], given.scale[1])
+        assert not torch.equal(learned.scale, given.scale)
 
 
 def test_block_inputs_are_removed_when_the_block_is_done(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.numerics.packing import weight_bytes
 from edgeqdm.quantize import store
 from edgeqdm.quantize.fold import dependence
+from edgeqdm.quantize.group_plan import with_group_sizes
 from edgeqdm.quantize.plans import default_plan, float_plan, with_activation_bits
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, assemble, quantize
 from edgeqdm.quantize.store import load_quantized, save_quantized
@@ -126,6 +128,15 @@ def test_every_kind_of_precision_loads_bit_for_bit(body: str, tmp_path: Path) ->
     """Q8: plan, codes, scales and group sizes."""
     model = seen("small")
     assert_same_after_loading(model.quantize(model.plan(body)), tmp_path)
+
+
+def test_group_sizes_that_differ_load_bit_for_bit(tmp_path: Path) -> None:
+    """Q8: as a search leaves them."""
+    model = seen("dit")
+    plan = model.plan("w4g64a8dyn")
+    grouped = [a.layer for a in plan.phases[0].layers if a.precision.group_size]
+    sizes = dict(zip(grouped, cycle((16, 32, 64)), strict=False))
+    assert_same_after_loading(model.quantize(with_group_sizes(plan, sizes)), tmp_path)
 
 
 def test_float_plan_loads_bit_for_bit(tmp_path: Path) -> None:

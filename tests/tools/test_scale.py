@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -43,6 +44,21 @@ def test_row_goes_from_weights_to_a_verified_package(scale: ModuleType, tmp_path
     assert row["stored_mib"] < row["float32_mib"] / 2
     checked = scale.check("dit-xl-2", "w8a8", folder)
     assert checked["integer_kernels"] == row["integer_layers"] > 0
+
+
+def test_the_peak_of_a_stage_is_what_it_held_at_most(scale: ModuleType) -> None:
+    """I8."""
+    stages = scale.Stages("a process")
+    stages.begin("holds and lets go")
+    # Pages count once they are written.
+    held = np.ones(2**28, np.uint8)
+    del held
+    stages.begin("holds little")
+    stages.end()
+    large, small = stages.report()["stages"]
+    assert large["peak_gib"] > large["end_gib"] + 0.2
+    if stages.own_peaks:
+        assert small["peak_gib"] < large["peak_gib"] - 0.2
 
 
 class Planned(Exception):  # noqa: N818

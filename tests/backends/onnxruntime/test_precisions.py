@@ -282,7 +282,10 @@ def test_codes_of_4_bits_are_stored_low_half_first() -> None:
 
 
 # Of a DiT: every linear layer of the body gets the next of them.
-MIXED = ("w4a8", "w6a8", "w8a8dyn", "w4a8dyn", "w4g32a8dyn", "w8g32a8dyn", "w4g32", "w8g32")
+MIXED = (
+    *("w4a8", "w6a8", "w8a8dyn", "w4a8dyn", "w4g32a8dyn", "w4g16a8dyn", "w8g64a8dyn"),
+    *("w4g64", "w8g32"),
+)
 
 
 @pytest.fixture(scope="module")
