@@ -232,12 +232,15 @@ def plan_of(denoiser: Any, width: str, row: Row) -> Any:
 def fid_wanted(model: str, width: str, eta: float, row: Row) -> bool:
     """The first row and the last one.
 
-    Without step noise also those with all corrections, and every baseline of 4-bit activations.
+    Without step noise also the other finished ones, and every baseline of 4-bit activations.
     """
     ladder = rows_of(model, width)
     if row in (ladder[0], ladder[-1]):
         return True
-    return eta == 0 and (row.matched or (width == "w4a4" and row.reconstruct is None))
+    baseline = width == "w4a4" and row.reconstruct is None
+    # A transformer with 4-bit activations everywhere is a step of the ladder.
+    finished = row.matched and (width != "w4a4" or row.step_aware or model.startswith("unet"))
+    return eta == 0 and (baseline or finished)
 
 
 def measure_images(
