@@ -127,7 +127,7 @@ def test_the_page_tells_what_was_measured_and_nothing_else(
     key = "dit-fmnist/w4a8/eta 1/"
     report = {
         "machine": {"cpu": "a processor", "system": "a system"},
-        "options": {"images": 64, "fid": 2000},
+        "options": {"images": 64, "fid": 2000, "iterations": 250, "minutes": 6.0},
         "rows": {
             key + first.name: measured | fid,
             key + searched.name: measured | better,

@@ -37,6 +37,22 @@ RUNS = 64
 TRAINING_RUNS = 192
 SELECTED = 512
 IMAGE_SEEDS = (2**48, 2**48 + 1, 2**48 + 2)
+PREFACE = """\
+Made by `tools/benchmarks/ablation.py` on {cpu}, {system}, one thread per row, at {commits}. DDIM,
+{steps} steps.
+
+- Image SQNR: free runs against the float model from equal noise, {images} images for each of
+  {seeds} seeds; mean, and largest less smallest.
+- Change: seed by seed against the row above or the one named, mean and standard deviation; "in
+  spread" where the mean is within twice its standard error of 0.
+- Median: SQNR of the median image.
+- Step SQNR: of one evaluation, at the worst step.
+- FID: {fid} images, features of a garment classifier; its change against float, and the standard
+  deviation of that change where images are drawn again with replacement.
+- Bytes: weights as stored, as a share of float32.
+- Minutes: CPU time of quantizing; {iterations} iterations per block, {minutes:g} minutes of
+  training.
+- Peak: resident MB of the whole row."""
 FID_SEED = 2**48 + 10
 CALIBRATION_SEED = 0
 RESAMPLED = 100
@@ -593,20 +609,14 @@ def write_page(report: dict[str, Any], file: Path) -> None:
     machine, options = report["machine"], report["options"]
     rows = {name: row for name, row in report["rows"].items() if "error" not in row}
     commits = sorted({row["commit"][:7] for row in rows.values()})
-    lines = [
-        "# What each method buys",
-        "",
-        f"Made by `tools/benchmarks/ablation.py` on {machine['cpu']}, {machine['system']}, one "
-        f"thread per row, at {', '.join(commits)}. DDIM, {STEPS} steps. Image SQNR: free runs "
-        f"against the float model from equal noise, {options['images']} images for each of "
-        f"{len(IMAGE_SEEDS)} seeds: mean, and largest less smallest. Change: seed by seed against "
-        'the row above or the one named, mean and standard deviation; "in spread" where the mean '
-        "is within twice its standard error of 0. Median: of the median image, over the same seeds. "
-        f"Step SQNR: of one evaluation, the worst step. FID: {options['fid']} images, features of a garment "
-        "classifier, and its change against float with the standard deviation of the bootstrap. "
-        "Bytes: weights as stored, share of float32. Minutes: CPU time of quantizing. Peak: "
-        "resident MB of the whole row.",
-    ]
+    preface = PREFACE.format(
+        **machine,
+        **options,
+        commits=", ".join(commits),
+        steps=STEPS,
+        seeds=len(IMAGE_SEEDS),
+    )
+    lines = ["# What each method buys", "", preface]
     columns = "image SQNR dB|change dB|median dB|step SQNR dB|FID|bytes|minutes|peak"
     for model, width, eta in panels_of(rows):
         ladder = rows_of(model, width)
