@@ -687,13 +687,21 @@ def draw_panel(axis: Any, report: dict[str, Any], model: str, eta: str) -> None:
     # The longest ladder holds the rows of all, in their order.
     every = max(([row.name for row in rows_of(model, width)] for width in WIDTHS), key=len)
     axis.set_xticks(range(len(every)), every)
-    for width in WIDTHS:
+    for colour, width in enumerate(WIDTHS):
         found = [report["rows"].get(f"{model}/{width}/{eta}/{name}", {}) for name in every]
         shown = [(x, row) for x, row in enumerate(found) if "image_sqnr_db" in row]
         if shown:
             means = [row["image_sqnr_mean_db"] for _, row in shown]
             spread = [row["image_sqnr_spread_db"] / 2 for _, row in shown]
-            axis.errorbar([x for x, _ in shown], means, spread, marker="o", capsize=3, label=width)
+            axis.errorbar(
+                [x for x, _ in shown],
+                means,
+                spread,
+                marker="o",
+                capsize=3,
+                label=width,
+                color=f"C{colour}",
+            )
     axis.set_title(f"{model}, DDIM-{STEPS}, {eta}")
     axis.set_ylabel("image SQNR, dB")
     axis.tick_params(axis="x", rotation=30)
