@@ -487,7 +487,9 @@ def _not_linear(name: str, step: int, reason: str) -> UnsupportedError:
 
 def _rejected(name: str, error: Exception) -> UnsupportedError:
     return UnsupportedError(
-        "EQ-4104", f"{name} rejects this combination of options: {error}", hint="see the message"
+        "EQ-4104",
+        f"{name} rejects this combination of options: {error}",
+        hint=f"change the options it names, or choose another sampler: {', '.join(_NAMES)}",
     )
 
 

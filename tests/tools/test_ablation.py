@@ -142,5 +142,5 @@ def test_the_page_tells_what_was_measured_and_nothing_else(
     assert page.split("|\n", 2)[2] == (
         "| round to nearest, min-max | 11.0 (2.0) | - | 12.0 | 9.0 | 0.250 (+10.0 +- 2.0 %) "
         "| 0.125 | 0.5 | 100 |\n"
-        "| + range search | 12.2 (2.0) | +1.17 +- 0.29 | 12.0 | 9.0 | - | 0.125 | 0.5 | 100 |\n"
+        "| + range search | 12.2 (2.0) | +1.17 +- 0.29 dB | 12.0 | 9.0 | - | 0.125 | 0.5 | 100 |\n"
     )

@@ -55,10 +55,11 @@ def test_the_peak_of_a_stage_is_what_it_held_at_most(scale: ModuleType) -> None:
     del held
     stages.begin("holds little")
     stages.end()
+    if not stages.own_peaks:
+        pytest.skip("this system does not start peaks of memory anew")
     large, small = stages.report()["stages"]
     assert large["peak_gib"] > large["end_gib"] + 0.2
-    if stages.own_peaks:
-        assert small["peak_gib"] < large["peak_gib"] - 0.2
+    assert small["peak_gib"] < large["peak_gib"] - 0.2
 
 
 class Planned(Exception):  # noqa: N818

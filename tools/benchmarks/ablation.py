@@ -43,8 +43,8 @@ Made by `tools/benchmarks/ablation.py` on {cpu}, {system}, one thread per row, a
 
 - Image SQNR: free runs against the float model from equal noise, {images} images for each of
   {seeds} seeds; mean, and largest less smallest.
-- Change: seed by seed against the row above or the one named, mean and standard deviation; "in
-  spread" where the mean is within twice its standard error of 0.
+- Change: seed by seed against the row above or the one named, mean and standard deviation;
+  inside the spread where the mean is within twice its standard error of 0.
 - Median: SQNR of the median image.
 - Step SQNR: of one evaluation, at the worst step.
 - FID: {fid} images, features of a garment classifier; its change against float, and the standard
@@ -617,7 +617,7 @@ def write_page(report: dict[str, Any], file: Path) -> None:
         seeds=len(IMAGE_SEEDS),
     )
     lines = ["# What each method buys", "", preface]
-    columns = "image SQNR dB|change dB|median dB|step SQNR dB|FID|bytes|minutes|peak"
+    columns = "image SQNR dB|change|median dB|step SQNR dB|FID|bytes|minutes|peak"
     for model, width, eta in panels_of(rows):
         ladder = rows_of(model, width)
         shown = [(each, rows.get(f"{model}/{width}/{eta}/{each.name}")) for each in ladder]
@@ -650,7 +650,7 @@ def told(row: Row, found: dict[str, Any]) -> str:
     if "feature_fid_change" in found:
         change, spread = found["feature_fid_change"], found["feature_fid_change_spread"]
         fid += f" ({100 * change:+.1f} +- {100 * spread:.1f} %)"
-    against = found.get("against_before", "-").replace(" dB", "").replace("inside the", "in")
+    against = found.get("against_before", "-")
     if row.after and against != "-":
         against += f", against {row.after}"
     cells = [
