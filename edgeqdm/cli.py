@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import edgeqdm
-from edgeqdm import cli_quantize
+from edgeqdm import cli_quantize, cli_signals
 from edgeqdm.cli_inputs import load_model, package_settings, read_plan, refuse_idle
 from edgeqdm.cli_options import (
     MAX_SEED,
@@ -44,7 +43,6 @@ from edgeqdm.cli_options import (
     Work,
 )
 from edgeqdm.cli_output import (
-    TERMINATED,
     Output,
     bench_table,
     findings_table,
@@ -67,19 +65,16 @@ class Verbs(TyperGroup):
         sys.exit(guarded(lambda: self._run(given), as_json=as_json, verbose=verbose))
 
     def _run(self, given: list[str]) -> None:
+        cli_signals.forget()
         try:
             # typer.Exit is how --help and --version end.
             with contextlib.suppress(typer.Exit), self.make_context("edgeqdm", given) as context:
                 self.invoke(context)
-        except Exception:
-            # Native code makes errors of its own of what a signal raises inside it.
-            if _signals:
-                raise _exception_of(_signals[-1]) from None
+        except Exception as error:
+            if (stopped := cli_signals.sent()) is not None:
+                raise stopped from error
             raise
 
-
-_signals: list[int] = []
-"""What this run was sent, latest last."""
 
 app = typer.Typer(
     cls=Verbs,
@@ -92,11 +87,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Console entry point."""
-    _signals.clear()
-    signal.signal(signal.SIGTERM, _stop)
-    # Ctrl-C stays ignored where whoever started the command has it ignored.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
+    cli_signals.listen()
     _yield_soon()
     # A name that the terminal's encoding lacks is no reason to fail at the very end.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -109,22 +100,11 @@ def _yield_soon() -> None:
 
     A thread that spins holds the core that the one it waits for needs. On an x86-64 machine with
     one of its two cores taken by another program, 500 small convolutions in torch took 13 s with
-    GNU OpenMP's own count and 1.2 s with this one; with both cores free, 0.7 s each.
+    GNU OpenMP's own count and 1.2 s with this one; with both cores free, 0.7 s each. Machines with
+    more cores were not measured; another OpenMP does not read it.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    _signals.append(number)
-    # An exception, so that half-written output is cleaned up; a second SIGTERM must not stop that.
-    if number == signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
-    raise _exception_of(number)
-
-
-def _exception_of(number: int) -> BaseException:
-    return SystemExit(TERMINATED) if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def _version(wanted: bool) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgeqdm.cli_signals import TERMINATED, sent
 from edgeqdm.errors import EdgeqdmError, OutputError, ResourceError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
+USAGE, INTERRUPTED = 2, 130
 AGAIN = "run the same command again to go on"
 
 _PIPED_WIDTH = 200
@@ -69,9 +70,15 @@ class Output:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Progress]:
-        """Show progress on stderr and keep libraries from printing."""
+        """Show progress on stderr, keep libraries from printing, stop where a signal was lost."""
         with self._progress() as progress, _hushed(self.verbose):
-            yield progress
+
+            def report(stage: str, done: int, total: int) -> None:
+                if (stopped := sent()) is not None:
+                    raise stopped
+                progress(stage, done, total)
+
+            yield report
 
     def result(self, value: Mapping[str, Any], *shown: RenderableType) -> None:
         """Print what a verb has found: `value` as JSON, or `shown` for people."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -538,6 +538,7 @@ def test_sigterm_cleans_up_and_ends_with_143(
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
+            signal.raise_signal(signal.SIGTERM)
             cleaned.append(True)
 
     monkeypatch.setattr(pipeline, "verify", interrupted)
@@ -548,13 +549,24 @@ def test_sigterm_cleans_up_and_ends_with_143(
     assert capsys.readouterr().err == "terminated: run the same command again to go on\n"
 
 
+def swallow(*numbers: signal.Signals) -> None:
+    """What native code does that calls Python and drops its exceptions."""
+    for number in numbers:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(number)
+
+
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
-    ("number", "code", "told"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ("numbers", "code", "told"),
+    [
+        ([signal.SIGINT], 130, "interrupted"),
+        ([signal.SIGTERM], 143, "terminated"),
+        ([signal.SIGINT, signal.SIGTERM], 143, "terminated"),
+    ],
 )
 def test_a_signal_that_native_code_makes_an_error_of_still_ends_with_its_code(
-    number: signal.Signals,
+    numbers: list[signal.Signals],
     code: int,
     told: str,
     calls: Calls,
@@ -562,8 +574,7 @@ def test_a_signal_that_native_code_makes_an_error_of_still_ends_with_its_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def unreadable(*_: Any) -> None:
-        with contextlib.suppress(BaseException):
-            signal.raise_signal(number)
+        swallow(*numbers)
         raise InputError("EQ-3127", "cannot be read")
 
     monkeypatch.setattr(pipeline, "verify", unreadable)
@@ -572,11 +583,42 @@ def test_a_signal_that_native_code_makes_an_error_of_still_ends_with_its_code(
         cli.main()
     assert ended.value.code == code
     assert capsys.readouterr().err == f"{told}: run the same command again to go on\n"
-    # The next run knows nothing of it.
-    monkeypatch.setattr(sys, "argv", ["edgeqdm", "--no-such-option"])
+    monkeypatch.setattr(sys, "argv", ["edgeqdm", "verify", "package", "-v"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "EQ-3127" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_knows_nothing_of_the_signals_of_another(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "verify", lambda *_: swallow(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["edgeqdm", "verify", "package", "--quiet"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    fail_with(monkeypatch, InputError("EQ-3127", "cannot be read"))
+    assert call("verify", "package", "--quiet").exit_code == 3
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_native_code_drops_ends_the_run_after_the_unit_of_work(
+    number: signal.Signals, code: int, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = []
+
+    def emitted(*_: Any, progress: Callable[[str, int, int], None], **__: Any) -> None:
+        swallow(number)
+        finished.append(1)
+        progress("observe", 1, 2)
+        finished.append(2)
+
+    monkeypatch.setattr(pipeline, "emit", emitted)
+    monkeypatch.setattr(sys, "argv", ["edgeqdm", "emit", "model", "-o", "out", "--quiet"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 2
+    assert (ended.value.code, finished) == (code, [1])
 
 
 @pytest.mark.usefixtures("handlers")
