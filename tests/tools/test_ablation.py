@@ -96,15 +96,36 @@ def test_rows_made_with_other_methods_are_made_again(ablation: ModuleType, tmp_p
     report = {"options": {}, "rows": {}}
     file = tmp_path / "ablation.json"
     progress = ablation.Progress(report, file, 2)
-    found = {"image_sqnr_db": [1.0, 2.0], "median_image_sqnr_db": [1.0, 2.0]}
+    found = {
+        "image_sqnr_db": [1.0, 2.0],
+        "median_image_sqnr_db": [1.0, 2.0],
+        "feature_fid": 0.25,
+    }
     for each in (task, plain):
         progress.finish(each, found)
     assert ablation.read_report(file, {})["rows"].keys() == {task.key, plain.key}
-    for change in ({"methods": {**task.methods, "matched": False}}, {"error": "interrupted"}):
+    without = {name: value for name, value in found.items() if name != "feature_fid"}
+    for other in (
+        found | {"methods": {**task.methods, "matched": False}},
+        found | {"methods": task.methods, "error": "interrupted"},
+        without | {"methods": task.methods},
+    ):
         stored = json.loads(file.read_text())
-        stored["rows"][task.key] |= change
+        stored["rows"][task.key] = other
         (tmp_path / "other.json").write_text(json.dumps(stored))
         assert ablation.read_report(tmp_path / "other.json", {})["rows"].keys() == {plain.key}
+
+
+def test_a_change_goes_with_the_row_it_is_against(ablation: ModuleType, tmp_path: Path) -> None:
+    names = [row.name for row in ablation.rows_of("dit-fmnist", "w4a8")[:3]]
+    keys = [f"dit-fmnist/w4a8/eta 0/{name}" for name in names]
+    measured = {"image_sqnr_db": [1.0, 2.0], "median_image_sqnr_db": [1.0, 2.0]}
+    report = {"rows": {key: dict(measured) for key in keys}}
+    ablation.write_report(report, tmp_path / "x.json")
+    assert all("against_before" in report["rows"][key] for key in keys[1:])
+    report["rows"][keys[1]] = {"error": "no memory"}
+    ablation.write_report(report, tmp_path / "x.json")
+    assert report["rows"][keys[2]] == measured
 
 
 def test_the_page_tells_what_was_measured_and_nothing_else(
@@ -130,14 +151,14 @@ def test_the_page_tells_what_was_measured_and_nothing_else(
         "options": {"images": 64, "fid": 2000, "iterations": 250, "minutes": 6.0},
         "rows": {
             key + first.name: measured | fid,
-            key + searched.name: measured | better,
+            key + searched.name: measured | better | {"commit": "abcdef0123-dirty"},
             key + "+ groups": {"error": "no memory", "commit": "9876543210"},
         },
     }
     ablation.write_report(report, tmp_path / "x.json")
     ablation.write_page(report, tmp_path / "x.md")
     page = (tmp_path / "x.md").read_text()
-    assert "at 0123456." in page
+    assert "at 0123456, abcdef0-dirty." in page
     assert page.count("## ") == 1
     assert page.split("|\n", 2)[2] == (
         "| round to nearest, min-max | 11.0 (2.0) | - | 12.0 | 9.0 | 0.250 (+10.0 +- 2.0 %) "

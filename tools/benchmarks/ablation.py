@@ -52,7 +52,8 @@ Made by `tools/benchmarks/ablation.py` on {cpu}, {system}, one thread per row, a
 - Bytes: weights as stored, as a share of float32.
 - Minutes: CPU time of quantizing; {iterations} iterations per block, {minutes:g} minutes of
   training.
-- Peak: resident MB of the whole row."""
+- Peak: resident MB of the whole row.
+- A commit that is -dirty had changes that were not committed."""
 FID_SEED = 2**48 + 10
 CALIBRATION_SEED = 0
 RESAMPLED = 100
@@ -542,6 +543,9 @@ def is_current(key: str, found: dict[str, Any]) -> bool:
     if "error" in found or (width != "float" and name not in known):
         return False
     task = Task(model, width, float(eta.removeprefix("eta ")), known.get(name))
+    wanted = task.row is not None and fid_wanted(model, width, task.eta, task.row)
+    if wanted and "feature_fid" not in found:
+        return False
     return bool(task.methods == found.get("methods"))
 
 
@@ -562,8 +566,12 @@ def commit() -> str:
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:
-    for name, told in verdicts(report).items():
-        report["rows"][name] |= told
+    changes = verdicts(report)
+    for name, row in report["rows"].items():
+        # The row it was compared with may have gone.
+        for change in ("against_before", "median_against_before"):
+            row.pop(change, None)
+        row |= changes.get(name, {})
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".tmp")
     partial.write_text(json.dumps(report, indent=1) + "\n")
@@ -608,7 +616,7 @@ def write_page(report: dict[str, Any], file: Path) -> None:
     """The rows as tables for reading, in the order of their ladders."""
     machine, options = report["machine"], report["options"]
     rows = {name: row for name, row in report["rows"].items() if "error" not in row}
-    commits = sorted({row["commit"][:7] for row in rows.values()})
+    commits = sorted({shortened(row["commit"]) for row in rows.values()})
     preface = PREFACE.format(
         **machine,
         **options,
@@ -630,6 +638,11 @@ def write_page(report: dict[str, Any], file: Path) -> None:
             *(told(each, found) for each, found in shown if found),
         ]
     file.write_text("\n".join(lines) + "\n")
+
+
+def shortened(commit: str) -> str:
+    name, dash, dirty = commit.partition("-")
+    return name[:7] + dash + dirty
 
 
 def panels_of(rows: dict[str, Any]) -> list[tuple[str, str, str]]:
