@@ -486,7 +486,7 @@ def search_groups(
     """
     method = Method(selected=samples)
     chosen = select_samples(denoiser, calibration, method, seed=seed, work=work, progress=progress)
-    key = _key(digest(plan), chosen.key(), str(settings), str(seed))
+    key = _key(__version__, digest(plan), chosen.key(), str(settings), str(seed))
     return plan_groups(
         denoiser,
         plan,

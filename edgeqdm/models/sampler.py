@@ -489,7 +489,7 @@ def _rejected(name: str, error: Exception) -> UnsupportedError:
     return UnsupportedError(
         "EQ-4104",
         f"{name} rejects this combination of options: {error}",
-        hint=f"change the options it names, or choose another sampler: {', '.join(_NAMES)}",
+        hint="change its options or the number of steps, or choose another sampler",
     )
 
 
