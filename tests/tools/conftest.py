@@ -29,6 +29,12 @@ def ablation() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def noise(ablation: ModuleType) -> ModuleType:
+    """After `ablation`, which it imports."""
+    return load_tool("noise")
+
+
+@pytest.fixture(scope="module")
 def peers() -> ModuleType:
     return load_tool("peers")
 
