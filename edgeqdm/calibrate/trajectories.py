@@ -25,7 +25,7 @@ from edgeqdm.numerics import philox, solver
 
 CHUNK = 16
 """Trajectories that run together; fixed, because the result depends on it in the last bits."""
-_CHECKSUM = "sha256"
+_CHECKSUM, _NAME = "sha256", "name"
 Progress = Callable[[int, int], None]
 """Called with (done, total) after every finished unit of work."""
 
@@ -165,7 +165,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_apart(tensors), partial, {_CHECKSUM: checksum(tensors)})
+        save_file(_apart(tensors), partial, _seal(file, tensors))
         os.replace(partial, file)
     except (OSError, SafetensorError) as problem:
         raise OutputError(
@@ -205,15 +205,20 @@ def load_tensors(file: Path) -> dict[str, Tensor] | None:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as problem:
         raise _damaged(file) from problem
-    if metadata.get(_CHECKSUM) != checksum(tensors):
+    if metadata != _seal(file, tensors):
         raise _damaged(file)
     return tensors
+
+
+def _seal(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What is stored beside the tensors: the name says what the work is part of."""
+    return {_CHECKSUM: checksum(tensors), _NAME: file.name}
 
 
 def _damaged(file: Path) -> StorageError:
     return StorageError(
         "EQ-6201",
-        "kept work is damaged or was edited",
+        "kept work is damaged, was edited or renamed",
         path=file,
         hint="delete this file, then run the same again: only this part is made again",
     )

@@ -175,6 +175,15 @@ def test_finished_work_leaves_no_partial_file(denoiser: Denoiser, tmp_path: Path
     assert [p.suffix for p in (tmp_path / "made").iterdir()] == [".st"]
 
 
+def test_work_under_the_name_of_other_work_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.st", tmp_path / "other.st"
+    save_tensors({"x": torch.ones(2)}, one)
+    one.rename(other)
+    with pytest.raises(StorageError) as caught:
+        load_tensors(other)
+    assert (caught.value.code, caught.value.path) == ("EQ-6201", str(other))
+
+
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "kept.st"
     save_tensors({"x": torch.ones(2)}, file)
