@@ -274,9 +274,10 @@ def run(
     """
     output = Output(as_json, quiet, verbose)
     with output.working() as progress, stage("run", progress):
-        from edgeqdm import pipeline
+        # pipeline imports torch, which takes longer than the sampling.
+        from edgeqdm.emit import launch
 
-        report = pipeline.run(
+        report = launch.run(
             package,
             out,
             seed=seed,

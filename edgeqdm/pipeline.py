@@ -9,8 +9,6 @@ folder and go on from it.
 from __future__ import annotations
 
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -32,16 +30,14 @@ from edgeqdm.bench.picture import side_by_side
 from edgeqdm.bench.quality import check_fid, check_fid_images
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
-from edgeqdm.emit.backend import Backend
+from edgeqdm.emit.backend import Backend, Unsupported
 from edgeqdm.emit.integrity import check_files
+from edgeqdm.emit.launch import run, run_package
 from edgeqdm.emit.package import check_plan, emit_package, exportable
 from edgeqdm.emit.verify import Verification, verify_package
 from edgeqdm.emit.writer import check_destination, write_file_atomically
 from edgeqdm.errors import (
-    EdgeqdmError,
     InputError,
-    OutputError,
-    ResourceError,
     UnsupportedError,
     VerifyError,
 )
@@ -102,6 +98,7 @@ __all__ = [
     "search_groups",
     "select_samples",
     "step_aware_plan",
+    "unsupported",
     "verify",
 ]
 
@@ -203,87 +200,28 @@ def _emit(
     return manifest
 
 
+def unsupported(denoiser: Denoiser, plan: DeploymentPlan) -> tuple[Unsupported, ...]:
+    """What `emit` would refuse of a plan for want of a kernel on its target, layer by layer.
+
+    Raises:
+        InputError: the plan does not fit the model or its sampler.
+        UnsupportedError: a precision does not fit its layer, or the target cannot be loaded.
+    """
+    quantizer.check_plan(denoiser, plan)
+    return load_backend(plan.target).check(plan, denoiser.info)
+
+
 def verify(package: str | Path) -> Verification:
     """Check a package: files, plan, kernels that execute, golden run."""
     folder = Path(package)
     return verify_package(folder, load_backend(_target_of(folder)))
 
 
-def run(
-    package: str | Path,
-    out: str | Path,
-    *,
-    seed: int = 0,
-    label: str | None = None,
-    count: int | None = None,
-    embedding: str | Path | None = None,
-    threads: int = 1,
-) -> str:
-    """Sample with a package's own runtime, in a process that cannot import torch.
-
-    Args:
-        package: folder of the package.
-        out: PNG file to write.
-        seed: of the noise.
-        label: label or labels, by number or name, comma-separated; default all once.
-        count: number of images.
-        embedding: `.npy` file with one embedding per image, for models that take embeddings.
-        threads: of the runtime.
-
-    Returns:
-        The runtime's one-line report.
-    """
-    arguments = ["--seed", str(seed), "--out", str(out), "--threads", str(threads)]
-    arguments += [] if label is None else ["--label", label]
-    arguments += [] if count is None else ["--count", str(count)]
-    arguments += [] if embedding is None else ["--embedding", str(embedding)]
-    return run_package(Path(package), arguments)
-
-
-def run_package(package: Path, arguments: list[str]) -> str:
-    """Run a package's `run.py` where torch cannot be imported; raises as its exit code says."""
-    script = package / "runtime" / "python" / "run.py"
-    if not script.is_file():
-        found = "not a package: no runtime in it" if package.is_dir() else "no such package"
-        raise InputError("EQ-3701", found, path=package, hint="give a folder that emit made")
-    block = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", block, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if finished.returncode in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
-    if finished.returncode:
-        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        raise _runtime_error(finished.returncode, lines[-1].removeprefix("error: "), package)
-    return finished.stdout.strip()
-
-
-def _runtime_error(exit_code: int, message: str, package: Path) -> EdgeqdmError:
-    if exit_code in (2, InputError.exit_code):
-        return InputError("EQ-3702", message, path=package)
-    if exit_code == UnsupportedError.exit_code:
-        return UnsupportedError("EQ-4701", message, path=package)
-    if exit_code == OutputError.exit_code:
-        return OutputError("EQ-7701", message)
-    if exit_code == VerifyError.exit_code:
-        return VerifyError("EQ-8701", message, path=package)
-    if exit_code in (ResourceError.exit_code, -signal.SIGKILL):
-        return ResourceError("EQ-9701", message, path=package, hint="draw fewer images at once")
-    return EdgeqdmError("EQ-0701", message, path=package)
-
-
 def _target_of(package: Path) -> str:
     manifest = package / "manifest.json"
-    if not package.is_dir() or not manifest.exists():
-        raise InputError(
-            "EQ-3703", "not a package: no manifest.json", path=package, hint="give a package folder"
-        )
+    if not manifest.exists():
+        found = "not a package: no manifest.json" if package.is_dir() else "no such package"
+        raise InputError("EQ-3703", found, path=package, hint="give a folder that emit made")
     return read_record(manifest, Manifest, error=VerifyError).target
 
 
