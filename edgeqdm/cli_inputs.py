@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeqdm.errors import InputError, ModelError, VerifyError
+from edgeqdm.errors import InputError, ModelError, OutputError, VerifyError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +63,8 @@ def package_settings(package: Path) -> PackageSettings:
     from edgeqdm.ir.package import ScheduleFile
 
     if not (package / "manifest.json").exists():
-        raise InputError(
-            "EQ-3801", "not a package: no manifest.json", path=package, hint="give a package folder"
-        )
+        found = "not a package: no manifest.json" if package.is_dir() else "no such package"
+        raise InputError("EQ-3801", found, path=package, hint="give a folder that emit made")
     model, file = check_files(package).model, package / "schedule.json"
     schedule = read_record(file, ScheduleFile, error=VerifyError)
     return PackageSettings(
@@ -113,6 +112,14 @@ def refuse_idle(options: Mapping[str, object], where: str, *, hint: str) -> None
     if given:
         message = f"{' and '.join(given)} would do nothing {where}"
         raise InputError("EQ-3806", message, path=given[0], hint=hint)
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Raise OutputError if there is a file already, which took work to make, unless `force`."""
+    if out.is_file() and not force:
+        raise OutputError(
+            "EQ-7804", "a file is there already", path=out, hint="--force replaces it"
+        )
 
 
 def check_target(name: str) -> None:

@@ -32,8 +32,10 @@ AskedTarget = Annotated[
     typer.Option("--target", metavar="NAME", help="Runtime to make it for; default onnxruntime."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a package that is there already.")]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 Fid = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Images for feature-FID; 0 leaves it out.")
+    int,
+    typer.Option(metavar="N", min=0, help="Images for feature-FID, 65 or more; 0 leaves it out."),
 ]
 Scheduler = Annotated[
     str | None, typer.Option(metavar="NAME", help="Sampler; default the model's own.")

@@ -7,8 +7,10 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +36,8 @@ AGAIN = "run the same command again to go on"
 
 _PIPED_WIDTH = 200
 _ETA_WINDOW_S = 600.0
+_LINE_EVERY_S = 30.0
+_SHOWN = 3
 _LONGEST_TEXT = 300
 _UNWRITABLE = frozenset(
     {
@@ -80,6 +84,13 @@ class Output:
 
             yield report
 
+    def warn_of_layers(self, refused: Sequence[str], target: str) -> None:
+        """Say on stderr what the plan's target has no kernel for."""
+        if refused and not self.as_json and not self.quiet:
+            more = "" if len(refused) <= _SHOWN else f"; {len(refused) - _SHOWN} more"
+            shown = "; ".join(refused[:_SHOWN])
+            complain(f"note: {target} has no kernel, and emit will refuse: {shown}{more}")
+
     def result(self, value: Mapping[str, Any], *shown: RenderableType) -> None:
         """Print what a verb has found: `value` as JSON, or `shown` for people."""
         if self.as_json:
@@ -93,7 +104,7 @@ class Output:
         if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             return _bars()
         # With --json whoever reads stderr expects nothing or one object.
-        return contextlib.nullcontext(_no_progress if self.as_json else _LinePerStage())
+        return contextlib.nullcontext(_no_progress if self.as_json else _Lines())
 
 
 @contextlib.contextmanager
@@ -108,19 +119,27 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     return
 
 
-class _LinePerStage:
-    """For logs: a stage is named once, when its first unit of work is done.
+class _Lines:
+    """For logs: a line when the first unit of a stage is done, and now and then while it lasts.
 
     So what fails at once, for want of a file, is told in the one line of its error.
     """
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()
+        self._first: dict[str, tuple[float, int]] = {}
+        self._latest: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if done and stage not in self._seen:
-            self._seen.add(stage)
-            complain(f"{stage}: {done} of {total}")
+        now = time.monotonic()
+        if not done or now - self._latest.get(stage, -math.inf) < _LINE_EVERY_S:
+            return
+        began, finished = self._first.setdefault(stage, (now, done))
+        self._latest[stage] = now
+        left = ""
+        if done > finished:
+            seconds = (now - began) / (done - finished) * (total - done)
+            left = f", about {seconds / 60:.0f} min left"
+        complain(f"{stage}: {done} of {total}{left}")
 
 
 @contextlib.contextmanager
@@ -303,14 +322,19 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 def verification_table(found: Verification) -> Table:
     """What `verify` found in a package that passed."""
+    from edgeqdm.emit.playback import GOLDEN_SHARE
+
     step = worst_step(found)
     kernels = ", ".join(f"{count} {name}" for name, count in found.kernels.by_name.items())
     table = _table("", "")
     table.add_row("target", found.manifest.target)
     table.add_row("files", f"{len(found.manifest.files)} ok")
-    table.add_row("integer kernels", f"{found.kernels.integer} of {found.planned} ({kernels})")
+    table.add_row("integer kernels", f"{found.kernels.integer} of {found.planned}")
+    table.add_row("all kernels", kernels)
     table.add_row(
-        "golden run", f"deviates by {found.deviation[step]:.2g} of the noise at worst, step {step}"
+        "golden run",
+        f"deviates by {found.deviation[step]:.2g} of the quantization noise at worst, step {step}; "
+        f"{GOLDEN_SHARE} is allowed",
     )
     return table
 
@@ -350,7 +374,9 @@ def quantization_table(found: QuantizedModel) -> Table:
     if found.blocks:
         kept = sum(block.kept for block in found.blocks)
         minutes = sum(block.seconds for block in found.blocks) / 60
-        table.add_row("reconstruction", f"{kept} of {len(found.blocks)} blocks, {minutes:.1f} min")
+        table.add_row(
+            "reconstruction", f"{kept} of {len(found.blocks)} blocks improved, {minutes:.1f} min"
+        )
     return table
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeqdm.cli_inputs import check_target, load_model, read_plan, refuse_idle, rule_precisions
+from edgeqdm.cli_inputs import (
+    check_free,
+    check_target,
+    load_model,
+    read_plan,
+    refuse_idle,
+    rule_precisions,
+)
 from edgeqdm.cli_options import (
     AskedSamples,
     AskedSeed,
@@ -16,6 +23,7 @@ from edgeqdm.cli_options import (
     EmbeddingPrecision,
     Embeddings,
     Eta,
+    ForceFile,
     Guidance,
     Json,
     Model,
@@ -33,8 +41,11 @@ from edgeqdm.cli_options import (
     Work,
 )
 from edgeqdm.cli_output import Output, quantization_table, quantization_value, stage
+from edgeqdm.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from edgeqdm.ir.plan import DeploymentPlan
+    from edgeqdm.models.denoiser import Denoiser
     from edgeqdm.quantize.finetune import FinetuneSettings
     from edgeqdm.quantize.reconstruct import ReconstructionSettings
 
@@ -69,6 +80,7 @@ def plan(
     conditioning: Embeddings = None,
     work: Work = None,
     online: Online = False,
+    force: ForceFile = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -94,6 +106,7 @@ def plan(
                     hint="a plan by rule takes no calibration",
                 )
             check_target(target)
+            check_free(out, force=force)
             check_file_destination(out)
             body, embedded = rule_precisions(precision, embedding)
             denoiser = load_model(
@@ -157,6 +170,7 @@ def quantize(
     conditioning: Embeddings = None,
     work: Work = None,
     online: Online = False,
+    force: ForceFile = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -184,6 +198,7 @@ def quantize(
                     "without --reconstruct",
                     hint="add --reconstruct or leave the option out",
                 )
+            check_free(out, force=force)
             chosen_target = pipeline.DEFAULT_TARGET if target is None else target
             check_target(chosen_target)
             body, embedded = rule_precisions(precision, embedding)
@@ -198,7 +213,12 @@ def quantize(
                 online=online,
                 split_skips=split_skips,
             )
-        chosen = asked or pipeline.rule_plan(denoiser, chosen_target, body=body, embedding=embedded)
+            chosen = asked or pipeline.rule_plan(
+                denoiser, chosen_target, body=body, embedding=embedded
+            )
+            check_target(chosen.target)
+            refused = _refused(denoiser, chosen)
+        output.warn_of_layers(refused, chosen.target)
         learned = _reconstruction(iterations, minutes) if reconstruct else None
         found = pipeline.quantize_to_file(
             denoiser,
@@ -211,7 +231,7 @@ def quantize(
             work=work,
             progress=progress,
         )
-    output.result(quantization_value(found), quantization_table(found))
+    output.result(quantization_value(found) | {"unsupported": refused}, quantization_table(found))
 
 
 def finetune(
@@ -238,6 +258,7 @@ def finetune(
     conditioning: Embeddings = None,
     work: Work = None,
     online: Online = False,
+    force: ForceFile = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -253,6 +274,7 @@ def finetune(
             from edgeqdm import pipeline
             from edgeqdm.quantize.store import skips_are_split
 
+            check_free(out, force=force)
             denoiser = load_model(
                 model,
                 scheduler=scheduler,
@@ -274,7 +296,8 @@ def finetune(
             work=work,
             progress=progress,
         )
-    output.result(quantization_value(found), quantization_table(found))
+    refused = _refused(denoiser, found.plan)
+    output.result(quantization_value(found) | {"unsupported": refused}, quantization_table(found))
 
 
 def retabulate(
@@ -290,6 +313,7 @@ def retabulate(
     guidance: Guidance = None,
     conditioning: Embeddings = None,
     online: Online = False,
+    force: ForceFile = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -306,6 +330,7 @@ def retabulate(
     with output.working() as progress, stage("retabulate", progress):
         from edgeqdm.quantize import store
 
+        check_free(out, force=force)
         denoiser = load_model(
             model,
             scheduler=scheduler,
@@ -322,6 +347,19 @@ def retabulate(
         {"file": str(out), "steps": denoiser.program.n_steps, "stored_bytes": size},
         f"{out}: {denoiser.program.n_steps} steps, {size / 1e6:.2f} MB",
     )
+
+
+def _refused(denoiser: Denoiser, plan: DeploymentPlan) -> list[str]:
+    """Layers that emit will refuse; research needs no kernel, but should know before hours."""
+    from edgeqdm import pipeline
+
+    try:
+        found = pipeline.unsupported(denoiser, plan)
+    except UnsupportedError as error:
+        if error.code != "EQ-4302":
+            raise
+        return []
+    return [f"{each.layer}: {each.reason}, use {each.instead}" for each in found]
 
 
 def _reconstruction(iterations: int | None, minutes: float | None) -> ReconstructionSettings:

@@ -22,6 +22,7 @@ import edgeqdm.models.load
 import edgeqdm.models.split
 from edgeqdm import cli, cli_output, pipeline
 from edgeqdm.cli_inputs import read_embeddings
+from edgeqdm.emit import launch
 from edgeqdm.emit.backend import KernelCount
 from edgeqdm.emit.integrity import seal_manifest
 from edgeqdm.emit.verify import Verification
@@ -155,7 +156,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         monkeypatch.setattr(owner, name, stand_in)
 
     for name in VERB_ARGUMENTS:
-        replace(pipeline, name)
+        replace(launch if name == "run" else pipeline, name)
     replace(edgeqdm.models.load, "load")
     monkeypatch.setattr(edgeqdm.models.load, "reference_names", lambda: ("tiny",))
     return found
@@ -184,6 +185,24 @@ def test_json_is_one_object_on_stdout_and_nothing_on_stderr(calls: Calls, verb: 
     result = call(*VERB_ARGUMENTS[verb], "--json")
     assert isinstance(json.loads(result.stdout), dict)
     assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_long_stages_say_now_and_then_how_long_they_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(cli_output.time, "monotonic", lambda: clock[0])
+    with cli_output.Output().working() as progress:
+        for done in range(1, 11):
+            progress("reconstruct", done, 10)
+            clock[0] += 24.0
+    assert lines(capsys.readouterr().err) == [
+        "reconstruct: 1 of 10",
+        "reconstruct: 3 of 10, about 3 min left",
+        "reconstruct: 5 of 10, about 2 min left",
+        "reconstruct: 7 of 10, about 1 min left",
+        "reconstruct: 9 of 10, about 0 min left",
+    ]
 
 
 @pytest.mark.parametrize("verb", VERB_ARGUMENTS)
@@ -269,8 +288,9 @@ def test_verify_prints_target_files_kernels_and_the_worst_deviation(calls: Calls
     shown = call("verify", "package").stdout
     assert "onnxruntime" in shown
     assert "1 ok" in shown
-    assert "7 of 7 (7 QLinearConv)" in shown
-    assert "0.25 of the noise at worst, step 1" in shown
+    assert "7 of 7" in shown
+    assert "7 QLinearConv" in shown
+    assert "0.25 of the quantization noise at worst, step 1; 1.5 is" in shown
 
 
 def test_verify_json_names_the_worst_step(calls: Calls) -> None:
@@ -650,10 +670,18 @@ def test_waiting_threads_give_way_unless_the_user_says_how_they_wait(
     assert environment == expected
 
 
-def test_the_command_line_starts_without_torch() -> None:
-    # Its threads read the environment when it is loaded.
-    code = "import sys, edgeqdm.cli; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["cli", "emit.launch"])
+def test_the_command_line_and_run_start_without_torch(module: str) -> None:
+    """Its threads read the environment when it is loaded, and it takes seconds."""
+    code = f"import sys, edgeqdm.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_package_is_a_program() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "edgeqdm", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (0, f"edgeqdm {edgeqdm.__version__}\n")
 
 
 @pytest.mark.parametrize(

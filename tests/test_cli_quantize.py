@@ -215,7 +215,8 @@ def test_split_skips_are_remembered_by_the_file_and_the_package(
     assert again.exit_code == 130
     more = ("--scheduler", "ddim", "--steps", "2")
     assert value_of("retabulate", model, file, "-o", tmp_path / "two.safetensors", *more)
-    code, line = refusal("quantize", model, "-o", file, "--plan", plan, "--samples", 1, *one_step)
+    unsplit = ("quantize", model, "-o", tmp_path / "unsplit", "--plan", plan, "--samples", 1)
+    code, line = refusal(*unsplit, *one_step)
     assert code == 3
     assert line.startswith("error[EQ-3202]")
 
@@ -357,6 +358,10 @@ def test_an_unknown_layer_is_refused(folder: Folder) -> None:
     code, line = quantized_with(folder, plan)
     assert code == 3
     assert line.startswith("error[EQ-3270]: the model has no such layer (no.such.layer)")
+    near = TEMPORAL.replace("to_q", "to_qq")
+    plan = folder.edit(lambda a: a["layer"] == TEMPORAL, {"layer": near}, "near.json")
+    _, line = quantized_with(folder, plan)
+    assert line.endswith(f"({near}) - did you mean {TEMPORAL}?")
 
 
 @pytest.mark.parametrize("precision", ["w4g32a8", "w8a8dyn", "w4g64"])
@@ -379,6 +384,55 @@ def test_a_plan_that_is_none_is_refused(folder: Folder, text: str, tmp_path: Pat
     code, line = quantized_with(folder, plan)
     assert code == 3
     assert str(plan) in line
+
+
+@pytest.mark.parametrize("verb", ["plan", "quantize", "finetune", "retabulate"])
+def test_a_file_that_is_there_is_replaced_by_force_only(
+    folder: Folder, tmp_path: Path, verb: str
+) -> None:
+    out = tmp_path / "mine"
+    out.write_text("work of hours")
+    read = (folder.file,) if verb in READERS else ()
+    code, line = refusal(verb, folder.model, *read, "-o", out, *SAMPLER)
+    assert code == 7
+    assert line == f"error[EQ-7804]: a file is there already ({out}) - --force replaces it"
+    assert out.read_text() == "work of hours"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("verb", ["plan", "retabulate"])
+def test_force_replaces_a_file(folder: Folder, tmp_path: Path, verb: str) -> None:
+    out = tmp_path / "mine"
+    out.write_text("old")
+    read = (folder.file,) if verb in READERS else ()
+    value_of(verb, folder.model, *read, "-o", out, *SAMPLER, "--force")
+    assert out.stat().st_size > len("old")
+
+
+def test_layers_without_a_kernel_are_told_before_the_work(folder: Folder, tmp_path: Path) -> None:
+    chosen = folder.edit(lambda a: a["layer"] == TEMPORAL, {"precision": "w4g32a8"}, "grouped.json")
+    given = ("quantize", folder.model, "-o", tmp_path / "q", "--plan", chosen, *FEW, *SAMPLER)
+    result = call(*given, "--no-correct")
+    assert result.exit_code == 0
+    told = f"{TEMPORAL}: linear has no w4g32a8 kernel, use w4g32a8dyn"
+    assert result.stderr.splitlines()[:2] == [
+        "load: 1 of 1",
+        f"note: onnxruntime has no kernel, and emit will refuse: {told}",
+    ]
+    assert value_of(*given, "--no-correct", "--force")["unsupported"] == [told]
+    assert folder.values["quantize"]["unsupported"] == []
+
+
+def test_a_plan_for_an_unknown_target_is_refused_before_the_work(
+    folder: Folder, tmp_path: Path
+) -> None:
+    plan = json.loads(folder.plan.read_text()) | {"target": "toaster"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    out = tmp_path / "q.safetensors"
+    given = ("--plan", tmp_path / "plan.json", *SAMPLER)
+    code, line = refusal("quantize", folder.model, "-o", out, *given)
+    assert (code, line[:15]) == (4, "error[EQ-4301]:")
+    assert "toaster" in line
 
 
 READERS = ("finetune", "retabulate", "emit")
@@ -435,7 +489,7 @@ def test_a_damaged_file_is_refused(folder: Folder, verb: str, tmp_path: Path) ->
         code, line = read(verb, folder, file, tmp_path / "out")
         assert code == 6, place
         assert line.startswith("error[EQ-6260]: damaged: ")
-        assert line.endswith(f"({file}) - quantize again")
+        assert line.endswith(f"({file}) - name another file, or quantize again")
 
 
 def test_a_file_of_another_sampler_is_not_emitted(folder: Folder, tmp_path: Path) -> None:

@@ -61,7 +61,11 @@ def check_plan(plan: DeploymentPlan, info: ModelInfo, backend: Backend) -> None:
     refused = backend.check(plan, info)
     if refused:
         listed = "; ".join(f"{u.layer}: {u.reason}, use {u.instead}" for u in refused[:10])
-        raise UnsupportedError("EQ-4201", f"{len(refused)} problems: {listed}", path=backend.name)
+        raise UnsupportedError(
+            "EQ-4201",
+            f"layers without a kernel, {len(refused)} in all: {listed}",
+            path=backend.name,
+        )
 
 
 def exportable(quantized: QuantizedDenoiser) -> Exportable:

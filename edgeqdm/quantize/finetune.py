@@ -191,7 +191,7 @@ def finetune(
     least = LEAST_ERROR * float(first.max())
     if least == 0:
         raise InputError(
-            "EQ-3270",
+            "EQ-3272",
             "the quantized network already returns what the float one does",
             path="plan",
             hint="training is for plans with fewer bits",

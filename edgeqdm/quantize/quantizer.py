@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 import torch
@@ -343,22 +344,20 @@ def check_plan(denoiser: Denoiser, plan: DeploymentPlan) -> None:
             "EQ-3206",
             f"the plan is for {plan.n_steps} steps, the sampler has {denoiser.program.n_steps}",
             path="plan.n_steps",
-            hint="make a plan for this sampler",
+            hint=f"sample in {plan.n_steps} steps, or make a plan for this sampler",
         )
     named = [{a.layer: a for a in phase.layers} for phase in plan.phases]
     kinds = {layer.name: layer.kind for layer in denoiser.info.layers}
     for name in dict.fromkeys(name for phase in named for name in phase):
         assignments = [phase.get(name) for phase in named]
-        _check_layer(name, kinds.get(name), assignments)
+        if name not in kinds:
+            near = get_close_matches(name, kinds, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`edgeqdm plan` writes the names of all"
+            raise InputError("EQ-3270", "the model has no such layer", path=name, hint=hint)
+        _check_layer(name, kinds[name], assignments)
 
 
-def _check_layer(
-    name: str, kind: LayerKind | None, assignments: list[LayerAssignment | None]
-) -> None:
-    if kind is None:
-        raise InputError(
-            "EQ-3270", "the model has no such layer", path=name, hint="see `layers` of the model"
-        )
+def _check_layer(name: str, kind: LayerKind, assignments: list[LayerAssignment | None]) -> None:
     precisions = [None if a is None else a.precision for a in assignments]
     if None in precisions:
         raise InputError(

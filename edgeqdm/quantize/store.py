@@ -193,7 +193,7 @@ def _read(file: Path) -> tuple[QuantizedFile, dict[str, Tensor]]:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as problem:
-        raise _damaged(file, str(problem)) from problem
+        raise _damaged(file, "it cannot be read as what quantize writes") from problem
     if _HEADER not in metadata:
         raise InputError(
             "EQ-3261", "not a quantized model", path=file, hint="make one with `edgeqdm quantize`"
@@ -210,7 +210,9 @@ def _sum(header: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _damaged(file: Path, reason: str) -> StorageError:
-    return StorageError("EQ-6260", f"damaged: {reason}", path=file, hint="quantize again")
+    return StorageError(
+        "EQ-6260", f"damaged: {reason}", path=file, hint="name another file, or quantize again"
+    )
 
 
 def _require_same(
@@ -229,7 +231,7 @@ def _require_same(
             "EQ-3262",
             f"made from something else: {', '.join(differ)}",
             path=file,
-            hint="load the model with the sampler, steps and guidance it was quantized for",
+            hint="use the model, sampler, steps, eta and guidance it was quantized for",
         )
 
 

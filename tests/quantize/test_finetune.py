@@ -549,7 +549,7 @@ def test_a_network_without_error_has_nothing_to_learn() -> None:
     denoiser, trajectories = small()
     with pytest.raises(InputError) as caught:
         finetune(denoiser, plan, started(plan), trajectories, settings=FAST)
-    assert caught.value.code == "EQ-3270"
+    assert caught.value.code == "EQ-3272"
 
 
 def test_networks_of_another_plan_are_refused() -> None:
