@@ -543,6 +543,8 @@ def test_ctrl_c_ends_with_130_and_one_line(calls: Calls, monkeypatch: pytest.Mon
 @pytest.fixture
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Ignored where the tests run in the background of a shell script.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
