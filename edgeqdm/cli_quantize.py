@@ -356,7 +356,7 @@ def _refused(denoiser: Denoiser, plan: DeploymentPlan) -> list[str]:
     try:
         found = pipeline.unsupported(denoiser, plan)
     except UnsupportedError as error:
-        if error.code != "EQ-4302":
+        if error.code not in ("EQ-4301", "EQ-4302"):
             raise
         return []
     return [f"{each.layer}: {each.reason}, use {each.instead}" for each in found]
