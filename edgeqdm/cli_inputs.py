@@ -58,13 +58,11 @@ def package_settings(package: Path) -> PackageSettings:
         InputError: if the folder is no package.
         VerifyError: if its files are damaged or were changed.
     """
-    from edgeqdm.emit.integrity import check_files
+    from edgeqdm.emit.integrity import check_files, manifest_of
     from edgeqdm.ir.codec import read_record
     from edgeqdm.ir.package import ScheduleFile
 
-    if not (package / "manifest.json").exists():
-        found = "not a package: no manifest.json" if package.is_dir() else "no such package"
-        raise InputError("EQ-3801", found, path=package, hint="give a folder that emit made")
+    manifest_of(package)
     model, file = check_files(package).model, package / "schedule.json"
     schedule = read_record(file, ScheduleFile, error=VerifyError)
     return PackageSettings(

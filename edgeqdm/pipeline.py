@@ -31,7 +31,7 @@ from edgeqdm.bench.quality import check_fid, check_fid_images
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend, Unsupported
-from edgeqdm.emit.integrity import check_files
+from edgeqdm.emit.integrity import check_files, manifest_of
 from edgeqdm.emit.launch import run, run_package
 from edgeqdm.emit.package import check_plan, emit_package, exportable
 from edgeqdm.emit.verify import Verification, verify_package
@@ -218,11 +218,7 @@ def verify(package: str | Path) -> Verification:
 
 
 def _target_of(package: Path) -> str:
-    manifest = package / "manifest.json"
-    if not manifest.exists():
-        found = "not a package: no manifest.json" if package.is_dir() else "no such package"
-        raise InputError("EQ-3703", found, path=package, hint="give a folder that emit made")
-    return read_record(manifest, Manifest, error=VerifyError).target
+    return read_record(manifest_of(package), Manifest, error=VerifyError).target
 
 
 def bench(

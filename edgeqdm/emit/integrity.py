@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from edgeqdm.errors import UnsupportedError, VerifyError
+from edgeqdm.errors import InputError, UnsupportedError, VerifyError
 from edgeqdm.ir.codec import (
     describe,
     dump_record,
@@ -70,6 +70,15 @@ _BITS = {
     "UINT2": 2,
     "INT2": 2,
 }
+
+
+def manifest_of(package: Path) -> Path:
+    """The manifest's file; raises InputError, EQ-3703, where there is none."""
+    manifest = package / MANIFEST
+    if not manifest.exists():
+        found = f"not a package: no {MANIFEST}" if package.is_dir() else "no such package"
+        raise InputError("EQ-3703", found, path=package, hint="give a folder that emit made")
+    return manifest
 
 
 def check_files(package: Path) -> Manifest:

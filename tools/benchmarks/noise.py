@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ import torch
 import typer
 
 from edgeqdm import load, pipeline
+from edgeqdm.calibrate.observe import LayerObservation
 from edgeqdm.correct.measure import NoiseStatistics
 
 
@@ -46,7 +48,7 @@ def shares(statistics: NoiseStatistics) -> dict[str, list[float]]:
     return found
 
 
-def range_ratios(observations: dict[str, Any]) -> list[float]:
+def range_ratios(observations: Mapping[str, LayerObservation]) -> list[float]:
     """Of every layer's input: the largest |x| of its widest step over that of its narrowest."""
     found = []
     for each in observations.values():
@@ -62,6 +64,7 @@ def linear_share(module: torch.nn.Module) -> float:
 
 
 def measured(model: str, widths: list[str], work: Path) -> dict[str, Any]:
+    """Ratios of ranges of the float model, and SQNR and shares per step of every width."""
     denoiser = load(f"reference:{model}", steps=ablation.STEPS, eta=0.0)
     work = work / f"{model}-0"
     seed = ablation.CALIBRATION_SEED
