@@ -25,7 +25,7 @@ from edgeqdm.numerics import philox, solver
 
 CHUNK = 16
 """Trajectories that run together; fixed, because the result depends on it in the last bits."""
-_CHECKSUM, _NAME = "sha256", "name"
+_SEAL = "sealed"
 Progress = Callable[[int, int], None]
 """Called with (done, total) after every finished unit of work."""
 
@@ -212,7 +212,8 @@ def load_tensors(file: Path) -> dict[str, Tensor] | None:
 
 def _seal(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     """What is stored beside the tensors: the name says what the work is part of."""
-    return {_CHECKSUM: checksum(tensors), _NAME: file.name}
+    # One entry: safetensors writes several in any order, and equal work would differ in bytes.
+    return {_SEAL: f"{checksum(tensors)} {file.name}"}
 
 
 def _damaged(file: Path) -> StorageError:

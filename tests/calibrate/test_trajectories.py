@@ -184,6 +184,17 @@ def test_work_under_the_name_of_other_work_is_refused(tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.path) == ("EQ-6201", str(other))
 
 
+def test_equal_work_is_equal_files(tmp_path: Path) -> None:
+    file = tmp_path / "kept.st"
+    tensors = {"y": torch.ones(2), "x": torch.zeros(3)}
+    written = set()
+    # safetensors orders several entries of metadata anew at every call.
+    for _ in range(20):
+        save_tensors(tensors, file)
+        written.add(file.read_bytes())
+    assert len(written) == 1
+
+
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "kept.st"
     save_tensors({"x": torch.ones(2)}, file)
