@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeqdm.emit.verify import Verification
     from edgeqdm.ir.report import BenchReport, BenchRow
     from edgeqdm.pipeline import Finding, QuantizedModel
+    from edgeqdm.quantize.finetune import Finetuned
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -377,7 +378,17 @@ def quantization_table(found: QuantizedModel) -> Table:
         table.add_row(
             "reconstruction", f"{kept} of {len(found.blocks)} blocks improved, {minutes:.1f} min"
         )
+    if found.training is not None:
+        table.add_row("training", _training_text(found.training))
     return table
+
+
+def _training_text(found: Finetuned) -> str:
+    done = f"{found.iterations} iterations, {found.seconds / 60:.1f} min"
+    if not found.improved:
+        return f"no better on held-out runs, the given network is kept; {done}"
+    before, after = (-10 * math.log10(loss) for loss in (found.loss_before, found.loss_after))
+    return f"output SQNR on held-out runs {before:.1f} -> {after:.1f} dB on average; {done}"
 
 
 def quantization_value(found: QuantizedModel) -> dict[str, Any]:
@@ -390,6 +401,17 @@ def quantization_value(found: QuantizedModel) -> dict[str, Any]:
         "phases": [[p.start, p.stop] for p in found.plan.phases],
         "snr_db": list(found.snr_db),
         "blocks": [asdict(block) for block in found.blocks],
+        "training": None if found.training is None else _training_value(found.training),
+    }
+
+
+def _training_value(found: Finetuned) -> dict[str, Any]:
+    return {
+        "improved": found.improved,
+        "loss_before": found.loss_before,
+        "loss_after": found.loss_after,
+        "iterations": found.iterations,
+        "seconds": found.seconds,
     }
 
 

@@ -87,6 +87,8 @@ def plan(
 ) -> None:
     """Write the precision of every layer, by rule; edit it and hand it to quantize.
 
+    Only --step-aware and --search-groups calibrate: --samples, --seed and --work go with them.
+
     \b
     edgeqdm plan reference:unet-fmnist -o plan.json --precision w4a8 --embedding w8
     edgeqdm plan reference:dit-fmnist -o plan.json --precision w4g64a8dyn --embedding w4g64

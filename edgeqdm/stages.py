@@ -539,6 +539,7 @@ class QuantizedModel:
         float_bytes: of the float32 model's tensors.
         snr_db: of the network output at every step, fed the float model's samples, [S].
         blocks: what reconstruction did to every block.
+        training: what training came to, or None.
     """
 
     file: Path
@@ -547,6 +548,7 @@ class QuantizedModel:
     float_bytes: int
     snr_db: tuple[float, ...]
     blocks: tuple[BlockReport, ...] = ()
+    training: Finetuned | None = None
 
 
 def quantize_to_file(
@@ -667,7 +669,9 @@ def _store(
     size = save_quantized(quantized, out, correction=schedule, generator=found.generator)
     tensors = quantized.denoiser.module.state_dict().values()
     whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return QuantizedModel(out, quantized.plan, size, whole, statistics.snr_db, found.blocks)
+    return QuantizedModel(
+        out, quantized.plan, size, whole, statistics.snr_db, found.blocks, found.training
+    )
 
 
 def stage(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:

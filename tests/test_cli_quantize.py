@@ -15,12 +15,15 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from edgeqdm import cli, pipeline
+from edgeqdm.cli_output import quantization_table, quantization_value
 from edgeqdm.ir.codec import dump_record, read_record
 from edgeqdm.ir.package import ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import Precision
 from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.load import load
+from edgeqdm.pipeline import QuantizedModel
+from edgeqdm.quantize.finetune import Finetuned
 from edgeqdm.quantize.store import load_quantized
 from edgeqdm.testing.tiny import write_tiny_dit, write_tiny_unet
 
@@ -161,7 +164,31 @@ def test_a_file_is_trained_further(folder: Folder, tmp_path: Path) -> None:
     assert (
         load_quantized(out, load(str(folder.model), scheduler="ddim", steps=4)).correction is None
     )
+    assert found["training"]["iterations"] == 2
     assert any((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (0.001, "output SQNR on held-out runs 20.0 -> 30.0 dB on average; 7 iterations, 1.5 min"),
+        (0.01, "no better on held-out runs, the given network is kept; 7 iterations, 1.5 min"),
+    ],
+)
+def test_training_tells_what_it_gained(folder: Folder, after: float, told: str) -> None:
+    denoiser = load(str(folder.model), scheduler="ddim", steps=4)
+    given = load_quantized(folder.file, denoiser).quantized
+    training = Finetuned(given.parameters, None, 7, 90.0, 0.01, after, ())
+    found = QuantizedModel(folder.file, given.plan, 1, 4, (20.0,) * 4, training=training)
+    rows = dict(zip(*(column.cells for column in quantization_table(found).columns), strict=True))
+    assert rows["training"] == told
+    assert quantization_value(found)["training"] == {
+        "improved": after < 0.01,
+        "loss_before": 0.01,
+        "loss_after": after,
+        "iterations": 7,
+        "seconds": 90.0,
+    }
 
 
 def test_results_for_people_name_file_size_and_quality(folder: Folder, tmp_path: Path) -> None:
