@@ -87,10 +87,13 @@ class Output:
 
     def warn_of_layers(self, refused: Sequence[str], target: str) -> None:
         """Say on stderr what the plan's target has no kernel for."""
-        if refused and not self.as_json and not self.quiet:
-            more = "" if len(refused) <= _SHOWN else f"; {len(refused) - _SHOWN} more"
-            shown = "; ".join(refused[:_SHOWN])
-            complain(f"note: {target} has no kernel, and emit will refuse: {shown}{more}")
+        self.note_of_layers(f"{target} has no kernel, and emit will refuse", refused)
+
+    def note_of_layers(self, said: str, layers: Sequence[str]) -> None:
+        """Say something on stderr of layers, if there are any."""
+        if layers and not self.as_json and not self.quiet:
+            more = "" if len(layers) <= _SHOWN else f"; {len(layers) - _SHOWN} more"
+            complain(f"note: {said}: {'; '.join(layers[:_SHOWN])}{more}")
 
     def result(self, value: Mapping[str, Any], *shown: RenderableType) -> None:
         """Print what a verb has found: `value` as JSON, or `shown` for people."""
@@ -371,24 +374,24 @@ def quantization_table(found: QuantizedModel) -> Table:
     table.add_row("tensors", f"{found.stored_bytes / 1e6:.2f} MB, {share:.3f} of float32")
     table.add_row("integer layers", str(found.plan.n_integer_layers))
     table.add_row("phases", phases)
-    table.add_row("output SQNR", f"{found.snr_db[worst]:.1f} dB at worst, step {worst}")
+    unseen = "" if found.training is None else ", on runs it was not trained on"
+    table.add_row("output SQNR", f"{found.snr_db[worst]:.1f} dB at worst, step {worst}{unseen}")
     if found.blocks:
         kept = sum(block.kept for block in found.blocks)
         minutes = sum(block.seconds for block in found.blocks) / 60
-        table.add_row(
-            "reconstruction", f"{kept} of {len(found.blocks)} blocks improved, {minutes:.1f} min"
-        )
+        done = f"{kept} of {len(found.blocks)} blocks improved"
+        table.add_row("reconstruction", f"{done}, {minutes:.1f} CPU min")
     if found.training is not None:
         table.add_row("training", _training_text(found.training))
     return table
 
 
 def _training_text(found: Finetuned) -> str:
-    done = f"{found.iterations} iterations, {found.seconds / 60:.1f} min"
+    done = f"{found.iterations} iterations, {found.seconds / 60:.1f} CPU min"
     if not found.improved:
         return f"no better on held-out runs, the given network is kept; {done}"
     before, after = (-10 * math.log10(loss) for loss in (found.loss_before, found.loss_after))
-    return f"output SQNR on held-out runs {before:.1f} -> {after:.1f} dB on average; {done}"
+    return f"mean over the steps {before:.1f} -> {after:.1f} dB on held-out runs; {done}"
 
 
 def quantization_value(found: QuantizedModel) -> dict[str, Any]:

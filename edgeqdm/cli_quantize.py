@@ -137,9 +137,16 @@ def plan(
                     denoiser, calibration, found, work=folder, progress=progress
                 )
             write_file_atomically(out, dump_record(found))
+        refused = _refused(denoiser, found)
+    output.warn_of_layers(refused, target)
     phases = [f"{p.start}..{p.stop - 1}" for p in found.phases]
     output.result(
-        {"plan": str(out), "phases": phases, "integer_layers": found.n_integer_layers},
+        {
+            "plan": str(out),
+            "phases": phases,
+            "integer_layers": found.n_integer_layers,
+            "unsupported": refused,
+        },
         f"{out}: {found.n_integer_layers} integer layers, phases {', '.join(phases)}",
     )
 
@@ -220,7 +227,9 @@ def quantize(
             )
             check_target(chosen.target)
             refused = _refused(denoiser, chosen)
+            unnamed = sorted({x.name for x in denoiser.info.layers} - _named(chosen))
         output.warn_of_layers(refused, chosen.target)
+        output.note_of_layers("the plan names no precision and they stay in fp32", unnamed)
         learned = _reconstruction(iterations, minutes) if reconstruct else None
         found = pipeline.quantize_to_file(
             denoiser,
@@ -351,6 +360,10 @@ def retabulate(
     )
 
 
+def _named(plan: DeploymentPlan) -> set[str]:
+    return {assignment.layer for phase in plan.phases for assignment in phase.layers}
+
+
 def _refused(denoiser: Denoiser, plan: DeploymentPlan) -> list[str]:
     """Layers that emit will refuse; research needs no kernel, but should know before hours."""
     from edgeqdm import pipeline
@@ -361,7 +374,7 @@ def _refused(denoiser: Denoiser, plan: DeploymentPlan) -> list[str]:
         if error.code not in ("EQ-4301", "EQ-4302"):
             raise
         return []
-    return [f"{each.layer}: {each.reason}, use {each.instead}" for each in found]
+    return [str(each) for each in found]
 
 
 def _reconstruction(iterations: int | None, minutes: float | None) -> ReconstructionSettings:

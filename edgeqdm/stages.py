@@ -47,7 +47,8 @@ from edgeqdm.correct.match import FloatRuns, match_variance
 from edgeqdm.correct.measure import NoiseStatistics, measure_noise
 from edgeqdm.correct.steps import activation_bits_by_step, contiguous
 from edgeqdm.emit.package import correction_key
-from edgeqdm.errors import InputError, OutputError, UnsupportedError
+from edgeqdm.emit.writer import check_file_destination
+from edgeqdm.errors import InputError, UnsupportedError
 from edgeqdm.ir.codec import digest, dump_record, parse_record
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, W8A8, ActivationPolicy, Precision
@@ -577,7 +578,7 @@ def quantize_to_file(
         progress: told of finished work.
     """
     out = Path(out)
-    _check_file(out)
+    check_file_destination(out)
     quantizer.check_plan(denoiser, plan)
     with working_folder(out, work) as folder:
         calibration = calibrate(
@@ -613,7 +614,7 @@ def finetune_file(
     What is told of it and its correction are measured on trajectories it was not trained on.
     """
     out = Path(out)
-    _check_file(out)
+    check_file_destination(out)
     stored = load_quantized(Path(quantized), denoiser)
     with working_folder(out, work) as folder:
         told = stage("trajectories", progress)
@@ -645,11 +646,6 @@ def working_folder(out: Path, work: str | Path | None) -> Iterator[Path]:
     folder = out.parent / f".{out.name}.work"
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_file(out: Path) -> None:
-    if out.is_dir():
-        raise OutputError("EQ-7203", "a folder is there already", path=out, hint="name a file")
 
 
 def _store(

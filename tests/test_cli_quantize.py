@@ -99,6 +99,7 @@ def test_a_plan_by_rule_has_the_precision_that_was_asked(folder: Folder) -> None
         "plan": str(folder.plan),
         "phases": ["0..3"],
         "integer_layers": 12,
+        "unsupported": [],
     }
 
 
@@ -171,8 +172,8 @@ def test_a_file_is_trained_further(folder: Folder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("after", "told"),
     [
-        (0.001, "output SQNR on held-out runs 20.0 -> 30.0 dB on average; 7 iterations, 1.5 min"),
-        (0.01, "no better on held-out runs, the given network is kept; 7 iterations, 1.5 min"),
+        (0.001, "mean over the steps 20.0 -> 30.0 dB on held-out runs; 7 iterations, 1.5 CPU min"),
+        (0.01, "no better on held-out runs, the given network is kept; 7 iterations, 1.5 CPU min"),
     ],
 )
 def test_training_tells_what_it_gained(folder: Folder, after: float, told: str) -> None:
@@ -448,6 +449,40 @@ def test_layers_without_a_kernel_are_told_before_the_work(folder: Folder, tmp_pa
     ]
     assert value_of(*given, "--no-correct", "--force")["unsupported"] == [told]
     assert folder.values["quantize"]["unsupported"] == []
+
+
+def test_a_plan_tells_of_layers_without_a_kernel(folder: Folder, tmp_path: Path) -> None:
+    given = ("plan", folder.model, "-o", tmp_path / "p.json", "--precision", "w4a4", *SAMPLER)
+    told = value_of(*given)["unsupported"]
+    assert len(told) == 12
+    assert f"{TEMPORAL}: linear has no w4a4 kernel, use w4a8" in told
+    shown = call(*given, "--force").stderr.splitlines()[-1]
+    assert shown.startswith("note: onnxruntime has no kernel, and emit will refuse: ")
+    assert shown.endswith("; 9 more")
+
+
+def test_layers_that_the_plan_does_not_name_are_told(folder: Folder, tmp_path: Path) -> None:
+    plan = json.loads(folder.plan.read_text())
+    (phase,) = plan["phases"]
+    phase["layers"] = [a for a in phase["layers"] if a["layer"] != TEMPORAL]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    given = ("quantize", folder.model, "-o", tmp_path / "q", "--plan", tmp_path / "plan.json")
+    result = call(*given, *FEW, *SAMPLER, "--no-correct")
+    assert result.exit_code == 0
+    told = f"note: the plan names no precision and they stay in fp32: {TEMPORAL}"
+    assert result.stderr.splitlines()[1] == told
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_the_work(
+    folder: Folder, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    out = tmp_path / "taken" / "q.safetensors"
+    result = call("quantize", folder.model, "-o", out, *SAMPLER)
+    assert result.exit_code == 7
+    assert str(out) in result.stderr
+    assert "observe" not in result.stderr
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_a_plan_for_an_unknown_target_is_refused_before_the_work(

@@ -728,5 +728,5 @@ def test_a_folder_in_the_way_of_a_file_stays(tmp_path: Path) -> None:
     out.mkdir()
     with pytest.raises(OutputError) as refused:
         to_file(out, Method(), samples=1, correction=False)
-    assert refused.value.code == "EQ-7203"
+    assert refused.value.code == "EQ-7103"
     assert list(tmp_path.iterdir()) == [out]

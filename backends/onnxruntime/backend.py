@@ -67,7 +67,7 @@ class OnnxRuntimeBackend:
         found = []
         if len(plan.phases) > 1:
             reason = f"{len(plan.phases)} phases; this target's graph has one"
-            found.append(Unsupported("*", reason, "one phase for all steps"))
+            found.append(Unsupported("all layers", reason, "one phase for all steps"))
         for phase in plan.phases:
             for assignment in phase.layers:
                 kind = kinds.get(assignment.layer)

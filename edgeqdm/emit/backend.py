@@ -52,6 +52,9 @@ class Unsupported:
     reason: str
     instead: str
 
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.reason}, use {self.instead}"
+
 
 @dataclass(frozen=True)
 class KernelCount:

@@ -28,6 +28,7 @@ from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, precision_digest
 
 LIBRARIES = ("diffusers", "numpy", "torch")
+_LISTED = 10
 
 
 def correction_key(quantized: QuantizedDenoiser) -> CorrectionKey:
@@ -60,11 +61,13 @@ def check_plan(plan: DeploymentPlan, info: ModelInfo, backend: Backend) -> None:
         )
     refused = backend.check(plan, info)
     if refused:
-        listed = "; ".join(f"{u.layer}: {u.reason}, use {u.instead}" for u in refused[:10])
+        listed = "; ".join(str(each) for each in refused[:_LISTED])
+        more = "" if len(refused) <= _LISTED else f"; {len(refused) - _LISTED} more"
         raise UnsupportedError(
             "EQ-4201",
-            f"layers without a kernel, {len(refused)} in all: {listed}",
-            path=backend.name,
+            f"{backend.name} cannot run the plan: {listed}{more}",
+            path="plan",
+            hint="change these in the plan, then quantize again",
         )
 
 

@@ -96,7 +96,7 @@ def _with_bits(assignment: LayerAssignment, bits: int) -> LayerAssignment:
     if not precision.integer or precision.activation_bits == bits:
         return assignment
     chosen = _coded(precision.weight_bits, precision.group_size, bits, precision.dynamic)
-    reason = f"{chosen}: the diffusion's noise hides {bits}-bit activations at these steps"
+    reason = f"{chosen}: {bits}-bit activations by the diffusion's noise at these steps"
     return assignment.model_copy(update={"precision": chosen, "reason": reason})
 
 
