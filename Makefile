@@ -37,5 +37,5 @@ clean:
 	@echo "Installing into .venv; the first time takes a few minutes."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  --no-build-isolation -e ".[onnxruntime,dev]"
+	  --no-build-isolation -e ".[onnxruntime,postgresql,dashboard,dev]"
 	@touch $@

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import edgeqdm
-from edgeqdm import cli_quantize, cli_signals
+from edgeqdm import cli_profile, cli_quantize, cli_signals
 from edgeqdm.cli_inputs import load_model, package_settings, read_plan, refuse_idle
 from edgeqdm.cli_options import (
     MAX_SEED,
@@ -153,6 +153,7 @@ app.command()(cli_quantize.plan)
 app.command()(cli_quantize.quantize)
 app.command()(cli_quantize.finetune)
 app.command()(cli_quantize.retabulate)
+app.add_typer(cli_profile.app, name="profile")
 
 
 @app.command()

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeqdm.cli_signals import TERMINATED, sent
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from edgeqdm.emit.verify import Verification
+    from edgeqdm.ir.profile import LatencyProfile
     from edgeqdm.ir.report import BenchReport, BenchRow
     from edgeqdm.pipeline import Finding, QuantizedModel
+    from edgeqdm.profile.predict import LatencyModel
     from edgeqdm.quantize.finetune import Finetuned
 
 Progress = Callable[[str, int, int], None]
@@ -454,6 +457,45 @@ def _bench_cells(row: BenchRow) -> tuple[str, ...]:
 
 def _figure(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def profile_table(profile: LatencyProfile, fitted: LatencyModel | None) -> Table:
+    """What was measured where, and how well sums of it predict whole networks."""
+    table = _table("profile", "")
+    clock = {"thread_cpu": "CPU time", "wall": "elapsed time"}[profile.protocol.clock]
+    table.add_row("device", f"{profile.device.name}, {profile.device.machine}")
+    table.add_row("runtime", f"{profile.runtime.name} {profile.runtime.version}")
+    table.add_row("threads", f"{profile.threads}, {clock}, power mode {profile.power_mode}")
+    measured = sum(entry.provenance == "measured" for entry in profile.entries)
+    table.add_row("entries", f"{len(profile.entries)}, {measured} measured")
+    table.add_row("whole networks", str(len(profile.wholes)))
+    flags = sorted({flag for entry in profile.entries for flag in entry.timing.flags})
+    weak = sum(bool(entry.timing.flags) for entry in profile.entries)
+    table.add_row("flagged entries", f"{weak} ({', '.join(flags)})" if weak else "0")
+    if profile.flags:
+        table.add_row("flags", ", ".join(profile.flags))
+    if fitted is not None and fitted.error is not None:
+        error = fitted.error
+        told = f"mean {error.mean:.1%}, worst {error.worst:.1%}, {error.n} networks left out"
+        table.add_row("error of sums", told)
+    return table
+
+
+def profile_value(
+    file: Path, profile: LatencyProfile, fitted: LatencyModel | None
+) -> dict[str, Any]:
+    """The same for `--json`."""
+    error = None if fitted is None else fitted.error
+    return {
+        "profile": str(file),
+        "device": profile.device.model_dump(mode="json"),
+        "runtime": profile.runtime.model_dump(mode="json"),
+        "threads": profile.threads,
+        "entries": len(profile.entries),
+        "wholes": len(profile.wholes),
+        "flags": list(profile.flags),
+        "prediction_error": None if error is None else asdict(error),
+    }
 
 
 def _table(*headers: str) -> Table:

@@ -16,8 +16,10 @@ from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
 
 from edgeqdm.backends.onnxruntime.blockwise import BLOCK_SIZES
+from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
 from edgeqdm.backends.onnxruntime.lint import check_graph
 from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
+from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import (
     Array,
     Evaluate,
@@ -33,6 +35,7 @@ from edgeqdm.errors import UnsupportedError, VerifyError
 from edgeqdm.ir.model import LayerKind, ModelInfo
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, TABLE, Precision
+from edgeqdm.ir.profile import BoundaryKind
 
 GRAPH = "model.onnx"
 INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits")
@@ -82,10 +85,9 @@ class OnnxRuntimeBackend:
     def emit(self, model: Exportable) -> Mapping[str, File]:
         graph = finish(export_onnx(model.network, model.inputs, TRANSLATION))
         check_graph(graph)
-        run = files("edgeqdm.backends.onnxruntime").joinpath("templates/run.py").read_bytes()
         return {
             GRAPH: File(_serialized(graph), "model"),
-            f"{RUNTIME_FOLDER}/run.py": File(run, "runtime"),
+            f"{RUNTIME_FOLDER}/run.py": File(_template("run.py"), "runtime"),
         }
 
     def count_kernels(self, package: Path) -> KernelCount:
@@ -114,8 +116,23 @@ class OnnxRuntimeBackend:
 
         return evaluate
 
+    def weight_bytes(
+        self, kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
+    ) -> tuple[int, int]:
+        return weight_bytes(weight_shape, precision)
+
+    def bench_tool(self) -> Mapping[str, File]:
+        return {"bench.py": File(_template("bench.py"), "tool")}
+
+    def emit_boundary(self, kind: BoundaryKind, shape: tuple[int, ...]) -> Mapping[str, File]:
+        return {GRAPH: File(_serialized(boundary_graph(kind, shape)), "model")}
+
     def versions(self) -> Mapping[str, str]:
         return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
+
+
+def _template(name: str) -> bytes:
+    return files("edgeqdm.backends.onnxruntime").joinpath(f"templates/{name}").read_bytes()
 
 
 def _serialized(graph: onnx.ModelProto) -> bytes:

@@ -231,10 +231,22 @@ def finish(model: onnx.ModelProto) -> onnx.ModelProto:
         apply(graph)
     finished = onnx_ir.to_proto(graph)
     finished.ir_version = IR_VERSION
+    _fold_transposes(finished.graph)
     _pack_blocks(finished.graph)
     _store_in_4_bits(finished.graph)
     _strip(finished)
     return finished
+
+
+def _fold_transposes(graph: onnx.GraphProto) -> None:
+    """Weights turned over; the exporter leaves those of a layer that is called more than once."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in tensors]:
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        turned = numpy_helper.to_array(tensors[node.input[0]]).transpose(order)
+        graph.initializer.append(numpy_helper.from_array(turned.copy(), node.output[0]))
+        graph.node.remove(node)
+    _drop_unread(graph)
 
 
 def _pack_blocks(graph: onnx.GraphProto) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edgeqdm.ir.model import LayerKind, ModelInfo
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.profile import BoundaryKind
 
 Array = NDArray[np.float32]
 Evaluate = Callable[[Array, int, NDArray[Any] | None], Array]
@@ -90,6 +91,17 @@ class Backend(Protocol):
 
     def open(self, package: Path, *, threads: int = 1) -> Evaluate:
         """The package's network on this host."""
+
+    def weight_bytes(
+        self, kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
+    ) -> tuple[int, int]:
+        """Bytes of a layer's weight, scales included: in the package, and once it is loaded."""
+
+    def bench_tool(self) -> Mapping[str, File]:
+        """Program that times the graphs of a kit on a device, by path inside the kit."""
+
+    def emit_boundary(self, kind: BoundaryKind, shape: tuple[int, ...]) -> Mapping[str, File]:
+        """A graph that does nothing but convert a tensor `sample` of this shape."""
 
     def versions(self) -> Mapping[str, str]:
         """Versions of the vendor libraries the package was made with."""

@@ -161,6 +161,37 @@ def staged_package(out: Path, *, force: bool = False, need_bytes: int = 0) -> It
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which appears at `out` when the block ends, and only if it ends well.
+
+    Raises:
+        OutputError: something is at `out` already, or it cannot be written.
+    """
+    with _output_errors(out, 0):
+        parent, name = _resolve(out)
+        _sweep(parent, name)
+        check_folder_destination(parent / name)
+    with _temporary_name(name) as temporary:
+        folder = parent / temporary
+        try:
+            with _output_errors(out, 0):
+                folder_mode = _make_private_folder(folder)
+                yield folder
+                os.chmod(folder, folder_mode)
+                _publish(parent, temporary, name, replace=False)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_folder_destination(out: Path) -> None:
+    """Raise OutputError if anything is at `out`; nothing of the user's is ever replaced."""
+    kind = _kind(out)
+    if kind is not None:
+        hint = "choose another name, or move it away"
+        raise OutputError("EQ-7112", f"{file_kind(kind)} is there already", path=out, hint=hint)
+
+
 def check_file_destination(path: Path) -> None:
     """Raise the OutputError that `write_file_atomically` would, before hours of work.
 

@@ -50,6 +50,7 @@ from edgeqdm.quantize.parameters import (
 )
 
 INT32_LIMIT = 2**31
+TABULATED = (ActivationPolicy.STATIC, ActivationPolicy.TEMPORAL)
 Ranges = Literal["search", "minmax"]
 """How first scales are found: least error, or nothing clipped (the plain baseline)."""
 
@@ -142,16 +143,40 @@ def initialise(
     for variant, steps in variants.items():
         if variant.precision in (FP32, TABLE):
             continue
-        layer = _quantizable(variant.layer, get_layer(denoiser.module, variant.layer))
-        weight = _code_weight(layer, variant, ranges)
-        if variant.policy in (ActivationPolicy.STATIC, ActivationPolicy.TEMPORAL):
-            seen = _observation(variant.layer, observations, plan.n_steps)
-            layers[variant] = _tabulated(layer, variant, weight, seen, steps, ranges, plan.n_steps)
-            _check_accumulator(variant.layer, layers[variant])
-        else:
-            layers[variant] = LayerParameters(weight)
+        layer = get_layer(denoiser.module, variant.layer)
+        tabled = variant.policy in TABULATED
+        seen = _observation(variant.layer, observations, plan.n_steps) if tabled else None
+        layers[variant] = code_layer(layer, variant, seen, steps, plan.n_steps, ranges=ranges)
     folded = [v.layer for v in variants if v.precision == TABLE]
     return Parameters(layers, record_tables(denoiser, live(denoiser, folded)))
+
+
+def code_layer(
+    layer: nn.Module,
+    variant: Variant,
+    seen: LayerObservation | None,
+    steps: Sequence[int],
+    n_steps: int,
+    *,
+    ranges: Ranges = "search",
+) -> LayerParameters:
+    """First codes and scales of one layer at one precision.
+
+    Args:
+        layer: the float layer.
+        variant: its name, precision and activation policy; neither `fp32` nor `table`.
+        seen: ranges of its input and output; not needed where activations are not tabulated.
+        steps: those that use the variant.
+        n_steps: S.
+        ranges: how scales are found.
+    """
+    whole = _quantizable(variant.layer, layer)
+    weight = _code_weight(whole, variant, ranges)
+    if variant.policy not in TABULATED or seen is None:
+        return LayerParameters(weight)
+    found = _tabulated(whole, variant, weight, seen, steps, ranges, n_steps)
+    _check_accumulator(variant.layer, found)
+    return found
 
 
 def _quantizable(name: str, layer: nn.Module) -> nn.Linear | nn.Conv2d:
@@ -224,23 +249,24 @@ def _tabulated(
     variant: Variant,
     weight: WeightCodes,
     seen: LayerObservation,
-    steps: list[int],
+    steps: Sequence[int],
     ranges: Ranges,
     n_steps: int,
 ) -> LayerParameters:
     static = variant.policy is ActivationPolicy.STATIC
 
     def scales(found: StepRanges, bits: int) -> ActivationScales:
-        used = StepRanges(found.samples[steps], found.low[steps], found.high[steps])
+        rows = list(steps)
+        used = StepRanges(found.samples[rows], found.low[rows], found.high[rows])
         find = search_activation if ranges == "search" else minmax_activation
-        rows = find(used.merged() if static else used, bits=bits)
-        return rows if static else _spread(rows, steps, n_steps)
+        each = find(used.merged() if static else used, bits=bits)
+        return each if static else _spread(each, steps, n_steps)
 
     output = scales(seen.output, 8) if isinstance(layer, nn.Conv2d) else None
     return LayerParameters(weight, scales(seen.input, variant.precision.activation_bits), output)
 
 
-def _spread(found: ActivationScales, steps: list[int], n_steps: int) -> ActivationScales:
+def _spread(found: ActivationScales, steps: Sequence[int], n_steps: int) -> ActivationScales:
     # Rows of steps that never use them repeat the nearest row, so that every table has S rows.
     nearest = [min(range(len(steps)), key=lambda k: abs(steps[k] - i)) for i in range(n_steps)]
     return ActivationScales(found.scale[nearest], found.zero_point, found.bits)

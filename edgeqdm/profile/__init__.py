@@ -1,0 +1,1 @@
+"""Latencies measured on the target, and what they say of a plan."""

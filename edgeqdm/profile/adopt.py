@@ -1,0 +1,193 @@
+"""Profiles read, checked and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from pathlib import Path
+
+from edgeqdm.errors import InputError
+from edgeqdm.ir.codec import parse_record, read_bytes
+from edgeqdm.ir.profile import (
+    REFUSED_FLAGS,
+    Flag,
+    LatencyProfile,
+    Timing,
+    is_sealed,
+    sealed_profile,
+)
+
+PROFILE = "profile.json"
+STALE = timedelta(days=90)
+OUTLIER = 30.0
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A profile that may be used.
+
+    Attributes:
+        profile: as it was stored.
+        accepted: flags that would be refused and were accepted by name.
+        warnings: what a user should know of it, one sentence each.
+    """
+
+    profile: LatencyProfile
+    accepted: tuple[Flag, ...]
+    warnings: tuple[str, ...]
+
+
+def shipped_profiles() -> tuple[str, ...]:
+    """Names of the profiles that come with edgeqdm."""
+    folder = files("edgeqdm.profiles")
+    return tuple(sorted(f.name for f in folder.iterdir() if f.joinpath(PROFILE).is_file()))
+
+
+def read_profile(
+    source: str | Path,
+    *,
+    target: str | None = None,
+    accept: Collection[Flag] = (),
+    now: datetime | None = None,
+) -> Adopted:
+    """A profile out of its file, or one that comes with edgeqdm, by name.
+
+    Args:
+        source: file, folder that holds `profile.json`, or name.
+        target: what it must be for.
+        accept: flags of figures that are used all the same.
+        now: what its age is counted to; default today.
+
+    Raises:
+        InputError: it is damaged, was edited, is for another target, or was measured under
+            conditions that nothing may be decided on; names field and flag.
+    """
+    name, data = _read(source)
+    profile = parse_record(data, LatencyProfile, name=name)
+    if not is_sealed(profile):
+        raise InputError(
+            "EQ-3520",
+            "payload_sha256 does not fit: the profile is damaged or was edited",
+            path=name,
+            hint="import the device's results again",
+        )
+    if target is not None and profile.target != target:
+        raise InputError(
+            "EQ-3521",
+            f"the profile is for target {profile.target!r}, not {target!r}",
+            path=name,
+            hint=f"measure one for {target}: `edgeqdm profile`",
+        )
+    bad = sorted(refused_flags(profile) - set(accept))
+    if bad:
+        raise InputError(
+            "EQ-3522",
+            f"figures are flagged {', '.join(bad)}",
+            path=name,
+            hint=f"measure again, or --accept-flag {bad[0]}",
+        )
+    accepted = tuple(sorted(refused_flags(profile) & set(accept)))
+    return Adopted(profile, accepted, _warnings(profile, now or datetime.now(UTC)))
+
+
+def _read(source: str | Path) -> tuple[str, bytes]:
+    if isinstance(source, str) and source in shipped_profiles():
+        return source, files("edgeqdm.profiles").joinpath(source, PROFILE).read_bytes()
+    path = Path(source)
+    if path.is_dir():
+        path /= PROFILE
+    if not path.exists():
+        known = ", ".join(shipped_profiles()) or "none"
+        raise InputError(
+            "EQ-3523",
+            "no such profile",
+            path=path,
+            hint=f"give a file, or one of those that come with edgeqdm: {known}",
+        )
+    return str(path), read_bytes(path)
+
+
+def refused_flags(profile: LatencyProfile) -> set[Flag]:
+    """Flags, of the device or of a figure, that a profile is refused for."""
+    found = set(profile.flags)
+    for timing in _timings(profile):
+        found |= set(timing.flags)
+    return found & REFUSED_FLAGS
+
+
+def _timings(profile: LatencyProfile) -> list[Timing]:
+    parts = (profile.entries, profile.boundaries, profile.wholes)
+    return [profile.overhead, *(each.timing for part in parts for each in part)]
+
+
+def _warnings(profile: LatencyProfile, now: datetime) -> tuple[str, ...]:
+    found = []
+    try:
+        age = now - datetime.fromisoformat(profile.created)
+    except (ValueError, TypeError):
+        raise InputError(
+            "EQ-3524", f"created is no time: {profile.created}", path="created"
+        ) from None
+    if age > STALE:
+        found.append(f"stale: measured {age.days} days ago")
+    weak = sum(bool(timing.flags) for timing in _timings(profile))
+    if weak:
+        found.append(f"{weak} of {len(_timings(profile))} figures are noisy or not settled")
+    guessed = sum(entry.provenance == "estimated" for entry in profile.entries)
+    if guessed:
+        found.append(f"{guessed} of {len(profile.entries)} entries are estimated, not measured")
+    found += [f"outlier: {name}" for name in _outliers(profile)]
+    return tuple(found)
+
+
+def _outliers(profile: LatencyProfile) -> list[str]:
+    """Entries far from the same operation at every other precision: a slip of the unit, say."""
+    by_key: dict[str, list[tuple[str, float]]] = {}
+    for entry in profile.entries:
+        net = max(entry.timing.median_us - profile.overhead.median_us, 0.5)
+        by_key.setdefault(str(entry.key), []).append((str(entry.precision), net))
+    found = []
+    for key, mine in by_key.items():
+        times = sorted(us for _, us in mine)
+        middle = times[len(times) // 2]
+        found += [f"{key} at {p}" for p, us in mine if us > OUTLIER * max(middle, 5.0)]
+    return found[:_LISTED]
+
+
+def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
+    """One profile of what two hold; where both hold the same, the newer figure.
+
+    Raises:
+        InputError: EQ-3525, if they are of different devices, runtimes, threads or modes; names
+            what differs.
+    """
+    same = ("target", "device", "runtime", "threads", "power_mode")
+    differing = [field for field in same if getattr(old, field) != getattr(new, field)]
+    if differing:
+        field = differing[0]
+        raise InputError(
+            "EQ-3525",
+            f"two profiles of different {field}: {getattr(old, field)!r} and "
+            f"{getattr(new, field)!r}",
+            path=field,
+            hint="keep them apart",
+        )
+    entries = {(e.key, e.precision): e for e in (*old.entries, *new.entries)}
+    boundaries = {(b.kind, b.shape): b for b in (*old.boundaries, *new.boundaries)}
+    wholes = {
+        (w.model, w.batch, tuple(sorted(w.precisions.items()))): w
+        for w in (*old.wholes, *new.wholes)
+    }
+    return sealed_profile(
+        new.model_copy(
+            update={
+                "flags": tuple(dict.fromkeys((*old.flags, *new.flags))),
+                "entries": tuple(entries.values()),
+                "boundaries": tuple(boundaries.values()),
+                "wholes": tuple(wholes.values()),
+            }
+        )
+    )

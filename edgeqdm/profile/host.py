@@ -1,0 +1,68 @@
+"""Profiles measured on this host, by the tool that devices run too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from edgeqdm.errors import InputError, ResourceError
+from edgeqdm.ir.profile import LatencyProfile
+from edgeqdm.profile.kit import KIT, read_results
+
+Progress = Callable[[int, int], None]
+SECONDS, MAX_SECONDS = 1.0, 6.0
+
+
+def run_kit(
+    kit: Path,
+    *,
+    threads: int = 1,
+    power_mode: str = "unknown",
+    name: str = "",
+    seconds: float = SECONDS,
+    progress: Progress | None = None,
+) -> LatencyProfile:
+    """Time a kit's graphs on this host, in a process of its own; a second call goes on.
+
+    Args:
+        kit: folder of `make_kit`.
+        threads: of the runtime; with 1 it is CPU time, else elapsed time.
+        power_mode: as it shall stand in the profile.
+        name: of the device; default its processor.
+        seconds: least per graph.
+        progress: told of every graph in every round.
+
+    Raises:
+        InputError: if the folder is no kit.
+        ResourceError: EQ-9501, if the tool fails; tells its last words.
+    """
+    if not (kit / KIT).is_file():
+        raise InputError("EQ-3506", f"holds no {KIT}", path=kit, hint="`edgeqdm profile kit`")
+    out = kit / f"results-{threads}.jsonl"
+    command = [sys.executable, str(kit / "bench.py"), "--threads", str(threads)]
+    command += ["--power-mode", power_mode, "--name", name, "--seconds", str(seconds)]
+    command += ["--max-seconds", str(max(seconds, MAX_SECONDS)), "--out", str(out)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as tool:
+        said = ""
+        try:
+            assert tool.stdout is not None
+            for line in tool.stdout:
+                said = line.strip() or said
+                done, _, total = said.partition("/")
+                if progress is not None and done.isdigit() and total.isdigit():
+                    progress(int(done), int(total))
+        except BaseException:
+            tool.terminate()
+            raise
+    if tool.returncode:
+        raise ResourceError(
+            "EQ-9501",
+            f"the tool that times kernels ended with {tool.returncode}: {said[:200]}",
+            path=kit,
+            hint="run it by hand: python bench.py",
+        )
+    return read_results(kit, out)

@@ -1,0 +1,1 @@
+"""Bits per layer and per denoising step, searched against measured latencies."""
