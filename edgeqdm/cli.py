@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import edgeqdm
-from edgeqdm import cli_profile, cli_quantize, cli_signals
+from edgeqdm import cli_profile, cli_quantize, cli_search, cli_signals
 from edgeqdm.cli_inputs import load_model, package_settings, read_plan, refuse_idle
 from edgeqdm.cli_options import (
     MAX_SEED,
@@ -154,6 +154,10 @@ app.command()(cli_quantize.quantize)
 app.command()(cli_quantize.finetune)
 app.command()(cli_quantize.retabulate)
 app.add_typer(cli_profile.app, name="profile")
+app.command()(cli_search.sensitivity)
+app.command()(cli_search.search)
+app.command()(cli_search.pareto)
+app.command()(cli_search.worker)
 
 
 @app.command()
@@ -172,6 +176,12 @@ def emit(
     samples: AskedSamples = None,
     seed: AskedSeed = None,
     plan: Plan = None,
+    search: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Take the plan of a search.")
+    ] = None,
+    trial: Annotated[
+        str | None, typer.Option(metavar="T", help="Of the search: best (default) or a number.")
+    ] = None,
     split_skips: SplitSkips = False,
     no_correct: NoCorrect = False,
     conditioning: Embeddings = None,
@@ -188,6 +198,7 @@ def emit(
     edgeqdm emit reference:unet-fmnist -o build/unet
     edgeqdm emit ./my-ddpm -o build/ddpm --scheduler ddim --steps 50 --samples 128
     edgeqdm emit reference:unet-fmnist -o build/unet4 --quantized unet.safetensors
+    edgeqdm emit reference:unet-fmnist -o build/fast --search search --trial best
     """
     output = Output(as_json, quiet, verbose)
     with output.working() as progress:
@@ -198,6 +209,13 @@ def emit(
             if quantized is not None:
                 asked = {"--split-skips": split_skips or None}
                 refuse_idle(asked, "beside --quantized", hint="leave it out: the file remembers")
+            if search is None:
+                refuse_idle({"--trial": trial}, "without --search", hint="name the search")
+            else:
+                others = {"--plan": plan, "--quantized": quantized}
+                refuse_idle(others, "beside --search", hint="a search's trial is a plan")
+                given = {"--samples": samples, "--seed": seed, "--work": work}
+                refuse_idle(given, "beside --search", hint="those of the search are taken")
             chosen = None if plan is None else read_plan(plan)
             denoiser = load_model(
                 model,
@@ -209,6 +227,13 @@ def emit(
                 online=online,
                 split_skips=split_skips if quantized is None else skips_are_split(quantized),
             )
+        if search is not None:
+            from edgeqdm import searching
+
+            record = searching.read_search(search)
+            chosen = searching.plan_of_trial(denoiser, search, trial or "best", progress=progress)
+            samples, seed = record.settings.samples, record.settings.seed
+            work = search / searching.KEPT
         manifest = pipeline.emit(
             denoiser,
             out,

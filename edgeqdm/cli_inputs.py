@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from edgeqdm.ir.package import ScheduleFile
     from edgeqdm.ir.plan import DeploymentPlan
     from edgeqdm.ir.precision import Precision
+    from edgeqdm.ir.search import SearchRecord
     from edgeqdm.models.denoiser import Denoiser
 
 
@@ -161,6 +163,37 @@ def load_model(
     return split.split_skips(denoiser) if split_skips else denoiser
 
 
+def load_searched(
+    record: SearchRecord,
+    *,
+    model: str | None = None,
+    conditioning: Path | None = None,
+    online: bool = False,
+) -> Denoiser:
+    """The model of a search, as it was named or where it lies here.
+
+    Raises:
+        InputError: EQ-3808, if the search does not say where its model lies.
+    """
+    if not model and not record.source:
+        raise InputError(
+            "EQ-3808",
+            "the search does not say where its model lies",
+            path=record.study,
+            hint="name it",
+        )
+    return load_model(
+        model or record.source,
+        scheduler=record.scheduler,
+        steps=record.steps,
+        guidance=record.guidance,
+        eta=record.eta,
+        conditioning=conditioning,
+        online=online,
+        split_skips=record.split_skips,
+    )
+
+
 def rule_precisions(body: str | None, embedding: str | None) -> tuple[Precision, Precision]:
     """Precisions of a plan by rule, as they were asked for or by default."""
     return (
@@ -177,6 +210,29 @@ def parse_precision(text: str) -> Precision:
         return Precision(text)
     except ValueError as error:
         raise InputError("EQ-3805", str(error), path="precision") from None
+
+
+def parse_latency(text: str | None, float_ms: Callable[[], float]) -> float | None:
+    """A latency in ms, of `1.5` or of `0.6x` of the float model's.
+
+    Args:
+        text: as it was given; None for no limit.
+        float_ms: asked for the float model's latency where it is needed.
+    """
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("x"))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise InputError(
+            "EQ-3807",
+            f"{text!r} is no latency",
+            path="--latency",
+            hint="give milliseconds, 1.5, or a share of the float model's, 0.6x",
+        )
+    return value * float_ms() if text.endswith("x") else value
 
 
 def read_plan(file: Path) -> DeploymentPlan:

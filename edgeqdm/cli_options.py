@@ -83,3 +83,7 @@ EmbeddingPrecision = Annotated[
 SplitSkips = Annotated[
     bool, typer.Option("--split-skips", help="Give both halves of a UNet's skips their own scale.")
 ]
+Precisions = Annotated[
+    list[str] | None,
+    typer.Option("--precision", metavar="P", help="That layers may take; repeat it. Default six."),
+]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgeqdm.emit.verify import Verification
     from edgeqdm.ir.profile import LatencyProfile
     from edgeqdm.ir.report import BenchReport, BenchRow
+    from edgeqdm.ir.search import ParetoReport
     from edgeqdm.pipeline import Finding, QuantizedModel
     from edgeqdm.profile.predict import LatencyModel
     from edgeqdm.quantize.finetune import Finetuned
@@ -97,6 +98,11 @@ class Output:
         if layers and not self.as_json and not self.quiet:
             more = "" if len(layers) <= _SHOWN else f"; {len(layers) - _SHOWN} more"
             complain(f"note: {said}: {'; '.join(layers[:_SHOWN])}{more}")
+
+    def note(self, said: str) -> None:
+        """Say something on stderr that is no error."""
+        if not self.as_json and not self.quiet:
+            complain(f"note: {said}")
 
     def result(self, value: Mapping[str, Any], *shown: RenderableType) -> None:
         """Print what a verb has found: `value` as JSON, or `shown` for people."""
@@ -457,6 +463,24 @@ def _bench_cells(row: BenchRow) -> tuple[str, ...]:
 
 def _figure(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def pareto_table(report: ParetoReport) -> Table:
+    """A front, fastest first."""
+    table = _table("trial", "ms", "of float", "dB", "MB", "phases", "measured", "dB there", "from")
+    for plan in report.plans:
+        table.add_row(
+            str(plan.trial),
+            f"{plan.latency_ms:.3f}",
+            f"{plan.latency_ms / report.float_ms:.2f}",
+            f"{plan.image_sqnr_db:.1f}",
+            f"{plan.disk_bytes / 1e6:.3f}",
+            str(plan.phases),
+            "-" if plan.measured_ratio is None else f"{plan.measured_ratio:.2f}",
+            _figure(plan.measured_sqnr_db, 1),
+            plan.origin,
+        )
+    return table
 
 
 def profile_table(profile: LatencyProfile, fitted: LatencyModel | None) -> Table:

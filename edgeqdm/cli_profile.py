@@ -16,6 +16,7 @@ from edgeqdm.cli_options import (
     Json,
     Model,
     Online,
+    Precisions,
     Quiet,
     Scheduler,
     SplitSkips,
@@ -33,10 +34,6 @@ OutProfile = Annotated[
     Path, typer.Option("-o", "--out", metavar="FILE", help="Profile to write, JSON.")
 ]
 Add = Annotated[bool, typer.Option("--add", help="Add to the profile that is there.")]
-Precisions = Annotated[
-    list[str] | None,
-    typer.Option("--precision", metavar="P", help="To measure; repeat it. Default the usual six."),
-]
 Wholes = Annotated[
     int,
     typer.Option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from edgeqdm.ir.precision import ActivationPolicy, Precision
@@ -54,6 +56,23 @@ class Phase(Record):
         return self
 
 
+class Prediction(Record):
+    """What was expected of a plan when it was chosen."""
+
+    profile_sha256: str
+    """Of the latency profile."""
+    device: str
+    latency_ms: float
+    """Of one evaluation of one image, the mean over the steps."""
+    provenance: Literal["measured", "estimated"]
+    """Of the profile's entries; the sum itself is a prediction."""
+    disk_bytes: int
+    image_sqnr_db: float
+    """Mean over the images the plan was judged on."""
+    accepted_flags: tuple[str, ...] = ()
+    """Flags of the profile that its user accepted."""
+
+
 class DeploymentPlan(Record):
     """Precisions for one model, one sampler and one target."""
 
@@ -63,6 +82,8 @@ class DeploymentPlan(Record):
     """Fingerprint of the float model."""
     n_steps: int = Field(gt=0)
     phases: tuple[Phase, ...]
+    prediction: Prediction | None = None
+    """None where the plan was made by rule or by hand."""
 
     @property
     def n_integer_layers(self) -> int:
