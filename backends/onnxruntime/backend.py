@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +18,7 @@ from edgeqdm.backends.onnxruntime.blockwise import BLOCK_SIZES
 from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
 from edgeqdm.backends.onnxruntime.lint import check_graph
 from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
+from edgeqdm.backends.onnxruntime.phases import count_ops, merge_phases
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import (
     Array,
@@ -68,9 +68,6 @@ class OnnxRuntimeBackend:
         kinds = {layer.name: layer.kind for layer in info.layers}
         menu = self.menu()
         found = []
-        if len(plan.phases) > 1:
-            reason = f"{len(plan.phases)} phases; this target's graph has one"
-            found.append(Unsupported("all layers", reason, "one phase for all steps"))
         for phase in plan.phases:
             for assignment in phase.layers:
                 kind = kinds.get(assignment.layer)
@@ -83,8 +80,12 @@ class OnnxRuntimeBackend:
         return tuple(found)
 
     def emit(self, model: Exportable) -> Mapping[str, File]:
-        graph = finish(export_onnx(model.network, model.inputs, TRANSLATION))
-        check_graph(graph)
+        phases = []
+        for start, network in ((0, model.network), *model.later):
+            graph = finish(export_onnx(network, model.inputs, TRANSLATION))
+            check_graph(graph)
+            phases.append((start, graph))
+        graph = merge_phases(phases)
         return {
             GRAPH: File(_serialized(graph), "model"),
             f"{RUNTIME_FOLDER}/run.py": File(_template("run.py"), "runtime"),
@@ -96,12 +97,13 @@ class OnnxRuntimeBackend:
             options = _options(1)
             options.optimized_model_filepath = str(optimized)
             _session(package, options)
-            nodes = Counter(node.op_type for node in onnx.load(optimized).graph.node)
-        by_name = {k: nodes[k] for k in (*INTEGER_KERNELS, *FLOAT_KERNELS) if nodes[k]}
+            graph = onnx.load(optimized).graph
+        integer = count_ops(graph, INTEGER_KERNELS)
+        floating = count_ops(graph, FLOAT_KERNELS)
         return KernelCount(
-            integer=sum(nodes[k] for k in INTEGER_KERNELS),
-            floating=sum(nodes[k] for k in FLOAT_KERNELS),
-            by_name=by_name,
+            integer=sum(integer.values()),
+            floating=sum(floating.values()),
+            by_name={k: n for k, n in {**integer, **floating}.items() if n},
         )
 
     def open(self, package: Path, *, threads: int = 1) -> Evaluate:

@@ -28,13 +28,16 @@ class Exportable:
     """A network to lower, with an example of every graph input.
 
     Attributes:
-        network: called with the inputs in order; returns f [B, C, H, W].
+        network: called with the inputs in order; returns f [B, C, H, W]. With several phases, that
+            of the first.
         inputs: `sample` [2, C, H, W], `step` int64 scalar and, where the model takes it,
             `label` [2] or `embedding` [2, ...].
+        later: first step and network of every further phase, ascending.
     """
 
     network: nn.Module
     inputs: Mapping[str, Tensor]
+    later: tuple[tuple[int, nn.Module], ...] = ()
 
 
 @dataclass(frozen=True)

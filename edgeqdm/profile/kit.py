@@ -339,12 +339,12 @@ def _profile(manifest: KitManifest, header: KitHeader, rounds: Rounds) -> Latenc
     for graph in manifest.graphs:
         by_role[graph.role].append(graph)
     reference = [sorted(each)[len(each) // 2] for each in rounds[by_role["reference"][0].name]]
-    ratio = max(reference) / min(reference)
+    drifts = [d for each in rounds.values() if (d := protocol.drift(each)) is not None]
 
     def timing(graph: KitGraph) -> Timing:
-        return timing_of(rounds[graph.name], reference_ratio=1.0, ci_target=header.ci_target)
+        return timing_of(rounds[graph.name], ci_target=header.ci_target)
 
-    slowed = (Flag.THROTTLED,) if ratio > protocol.MAX_REFERENCE_RATIO else ()
+    slowed = (Flag.THROTTLED,) if protocol.throttled(drifts, reference) else ()
     return LatencyProfile(
         edgeqdm_version=manifest.edgeqdm_version,
         created=header.created,
@@ -394,14 +394,12 @@ def _profile(manifest: KitManifest, header: KitHeader, rounds: Rounds) -> Latenc
     )
 
 
-def timing_of(
-    rounds: Sequence[Sequence[float]], *, reference_ratio: float, ci_target: float
-) -> Timing:
+def timing_of(rounds: Sequence[Sequence[float]], *, ci_target: float) -> Timing:
     """Distribution of a graph's samples, in microseconds, over all rounds."""
     samples = sorted(value for each in rounds for value in each)
     n = len(samples)
     low, high = protocol.median_interval(samples)
-    flags = protocol.flags_of(rounds, reference_ratio=reference_ratio, ci_target=ci_target)
+    flags = protocol.flags_of(rounds, ci_target=ci_target)
     return Timing(
         median_us=(samples[(n - 1) // 2] + samples[n // 2]) / 2,
         p10_us=samples[math.floor(0.1 * (n - 1))],

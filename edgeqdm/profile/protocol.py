@@ -47,14 +47,11 @@ def finished(samples: Sequence[float], *, ci_target: float = CI_TARGET) -> bool:
     return (high - low) / 2 <= ci_target * float(np.median(samples))
 
 
-def flags_of(
-    rounds: Sequence[Sequence[float]], *, reference_ratio: float, ci_target: float = CI_TARGET
-) -> tuple[str, ...]:
+def flags_of(rounds: Sequence[Sequence[float]], *, ci_target: float = CI_TARGET) -> tuple[str, ...]:
     """What speaks against one graph's samples.
 
     Args:
         rounds: samples by round, in the order they were taken.
-        reference_ratio: largest time of the reference graph around these rounds, over its least.
         ci_target: half-width of the median's interval that was asked for, relative.
     """
     samples = np.concatenate([np.asarray(each, np.float64) for each in rounds])
@@ -65,7 +62,6 @@ def flags_of(
     low, high = np.percentile(samples, [1, 99])
     middle = samples[(samples >= low) & (samples <= high)]
     found = {
-        "throttled": reference_ratio > MAX_REFERENCE_RATIO or _drifts(rounds),
         "noisy": float(middle.std()) > MAX_VARIATION * median or deviation > MAX_DEVIATION * median,
         "ci_not_reached": not finished(samples.tolist(), ci_target=ci_target),
         "unstable": max(medians) > (1 + MAX_SPREAD_OF_ROUNDS) * min(medians),
@@ -73,11 +69,27 @@ def flags_of(
     return tuple(name for name, present in found.items() if present)
 
 
-def _drifts(rounds: Sequence[Sequence[float]]) -> bool:
-    # Inside a round: between rounds other graphs ran, and `unstable` compares those.
+def drift(rounds: Sequence[Sequence[float]]) -> float | None:
+    """How much slower a round ends than it began, the median of the rounds; None if too short.
+
+    Inside a round: between rounds other graphs ran, and `unstable` compares those.
+    """
     slower = []
     for each in rounds:
         third = len(each) // 3
         if len(each) >= DRIFT_RUNS:
             slower.append(float(np.median(each[-third:]) / np.median(each[:third])))
-    return bool(slower) and float(np.median(slower)) > MAX_DRIFT
+    return float(np.median(slower)) if slower else None
+
+
+def throttled(drifts: Sequence[float], reference: Sequence[float]) -> bool:
+    """Whether a device grew slower while it was measured.
+
+    Throttling slows all graphs alike, so one that drifts alone says nothing.
+
+    Args:
+        drifts: of all graphs that were long enough.
+        reference: times of the reference graph, in order.
+    """
+    slower = bool(drifts) and float(np.median(drifts)) > MAX_DRIFT
+    return slower or max(reference) > MAX_REFERENCE_RATIO * min(reference)
