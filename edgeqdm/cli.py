@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 import edgeqdm
-from edgeqdm import cli_profile, cli_quantize, cli_search, cli_signals
+from edgeqdm import cli_profile, cli_quantize, cli_recipe, cli_search, cli_signals
 from edgeqdm.cli_inputs import load_model, package_settings, read_plan, refuse_idle
 from edgeqdm.cli_options import (
     MAX_SEED,
@@ -158,6 +158,8 @@ app.command()(cli_search.sensitivity)
 app.command()(cli_search.search)
 app.command()(cli_search.pareto)
 app.command()(cli_search.worker)
+app.command()(cli_recipe.init)
+app.command()(cli_recipe.optimize)
 
 
 @app.command()

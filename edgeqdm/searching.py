@@ -62,7 +62,7 @@ from edgeqdm.search.study import (
     unknown_sampler,
     work_on,
 )
-from edgeqdm.search.warm import fastest_plan_us, ladder, least_bytes
+from edgeqdm.search.warm import fastest_plan_us, ladder, least_bytes, rungs_for
 from edgeqdm.stages import Progress, calibrate, stage
 from edgeqdm.tuning import Space, cost_model, open_space
 
@@ -232,9 +232,10 @@ def search(
     with locked(folder):
         task = make_task(denoiser, folder, profile, settings, progress=progress)
         found = _measured_damage(task, progress)
+        rungs = rungs_for(trials, settings.phases)
         starts = [
             (origin, task.space.params(candidate))
-            for origin, candidate in ladder(task.pricing, found, limits=task.limits)
+            for origin, candidate in ladder(task.pricing, found, limits=task.limits, n=rungs)
         ]
         if storage is None:
             opened, told = open_sqlite(folder, name)

@@ -17,7 +17,7 @@ from edgeqdm.ir.precision import TABLE, Precision
 from edgeqdm.ir.profile import REFUSED_FLAGS, KitManifest, LatencyProfile, OpKey
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.profile.adopt import merged, read_profile
-from edgeqdm.profile.host import SECONDS, run_kit
+from edgeqdm.profile.host import SECONDS, check_text, run_kit
 from edgeqdm.profile.kit import KIT, KitRequest, make_kit, read_results
 from edgeqdm.profile.opkeys import NetworkKeys, network_keys
 from edgeqdm.profile.predict import (
@@ -125,6 +125,8 @@ def profile_host(
     """
     out = Path(out)
     check_file_destination(out)
+    check_text("name", name)
+    check_text("power mode", power_mode)
     old = read_profile(out, target=target, accept=REFUSED_FLAGS).profile if add else None
     backend, space = load_backend(target), open_space(denoiser, target, precisions=precisions)
     request = full_request(space.network, space.offered, tables=space.tables, n_wholes=wholes)

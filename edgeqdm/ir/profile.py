@@ -192,10 +192,11 @@ class LatencyProfile(Record):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> LatencyProfile:
-        counts = Counter((e.key, e.precision) for e in self.entries)
-        key, precision = next((k for k, n in counts.items() if n > 1), (None, None))
-        if key is not None:
-            raise ValueError(f"{key} at {precision} has more than one entry")
+        named = [f"{e.key} at {e.precision}" for e in self.entries]
+        named += [f"{b.kind} of {'x'.join(map(str, b.shape))}" for b in self.boundaries]
+        twice = next((name for name, n in Counter(named).items() if n > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} has more than one entry")
         return self
 
 

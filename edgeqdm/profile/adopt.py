@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -97,9 +98,15 @@ def _read(source: str | Path) -> tuple[str, bytes]:
     if isinstance(source, str) and source in shipped_profiles():
         return source, files("edgeqdm.profiles").joinpath(source, PROFILE).read_bytes()
     path = Path(source)
-    if path.is_dir():
-        path /= PROFILE
-    if not path.exists():
+    # A name can be too long or hold a NUL byte for the system to look it up.
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_dir():
+            path /= PROFILE
+    try:
+        there = path.exists()
+    except (OSError, ValueError):
+        there = False
+    if not there:
         known = ", ".join(shipped_profiles()) or "none"
         raise InputError(
             "EQ-3523",
@@ -158,7 +165,9 @@ def _outliers(profile: LatencyProfile) -> list[str]:
 
 
 def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
-    """One profile of what two hold; where both hold the same, the newer figure.
+    """One profile of what two hold; where both hold the same, the figure that was made later.
+
+    It is as old as the older of the two.
 
     Raises:
         InputError: EQ-3525, if they are of different devices, runtimes, threads or modes; names
@@ -175,6 +184,8 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
             path=field,
             hint="keep them apart",
         )
+    if datetime.fromisoformat(new.created) < datetime.fromisoformat(old.created):
+        old, new = new, old
     entries = {(e.key, e.precision): e for e in (*old.entries, *new.entries)}
     boundaries = {(b.kind, b.shape): b for b in (*old.boundaries, *new.boundaries)}
     wholes = {
@@ -184,6 +195,7 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
     return sealed_profile(
         new.model_copy(
             update={
+                "created": old.created,
                 "flags": tuple(dict.fromkeys((*old.flags, *new.flags))),
                 "entries": tuple(entries.values()),
                 "boundaries": tuple(boundaries.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,21 @@ from edgeqdm.errors import InputError, ResourceError
 from edgeqdm.ir.profile import LatencyProfile
 from edgeqdm.profile.kit import KIT, read_results
 
+LONGEST_TEXT = 200
 Progress = Callable[[int, int], None]
 SECONDS, MAX_SECONDS = 1.0, 6.0
+
+
+def check_text(field: str, text: str) -> None:
+    """Raise InputError EQ-3507 unless a profile can hold this text; an empty name is none."""
+    wrong = len(text) > LONGEST_TEXT or not (text.isascii() and text.isprintable())
+    if wrong or (not text and field != "name"):
+        raise InputError(
+            "EQ-3507",
+            f"{text[:40]!r} cannot stand in a profile",
+            path=field,
+            hint=f"give 1 to {LONGEST_TEXT} printable ASCII characters",
+        )
 
 
 def run_kit(
@@ -40,7 +54,12 @@ def run_kit(
     """
     if not (kit / KIT).is_file():
         raise InputError("EQ-3506", f"holds no {KIT}", path=kit, hint="`edgeqdm profile kit`")
-    out = kit / f"results-{threads}.jsonl"
+    for field, text in (("name", name), ("power mode", power_mode)):
+        check_text(field, text)
+    mode = hashlib.sha256(f"{name}/{power_mode}".encode()).hexdigest()[:8]
+    # The tool goes on only with results of the same name and mode.
+    suffix = "" if (name, power_mode) == ("", "unknown") else f"-{mode}"
+    out = kit / f"results-{threads}{suffix}.jsonl"
     command = [sys.executable, str(kit / "bench.py"), "--threads", str(threads)]
     command += ["--power-mode", power_mode, "--name", name, "--seconds", str(seconds)]
     command += ["--max-seconds", str(max(seconds, MAX_SECONDS)), "--out", str(out)]

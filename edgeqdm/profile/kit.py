@@ -18,10 +18,10 @@ from edgeqdm.calibrate.observe import LayerObservation
 from edgeqdm.emit.backend import Backend, Exportable, File
 from edgeqdm.emit.package import exportable
 from edgeqdm.emit.writer import staged_folder
-from edgeqdm.errors import InputError
+from edgeqdm.errors import InputError, UnsupportedError
 from edgeqdm.ir.codec import dump_record, parse_record, read_bytes
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
-from edgeqdm.ir.precision import FP32, Precision
+from edgeqdm.ir.precision import FP32, TABLE, Precision
 from edgeqdm.ir.profile import (
     BoundaryCost,
     BoundaryKind,
@@ -114,6 +114,8 @@ def make_kit(
     """
     if not request.entries and not request.wholes:
         raise InputError("EQ-3501", "there is nothing to time", path="kit")
+    for key, precision in request.entries:
+        _check_kernel(key, precision, backend)
     graphs: list[KitGraph] = []
     n_graphs = 2 + len(request.entries) + len(request.boundaries) + len(request.wholes)
     with staged_folder(out) as folder:
@@ -138,6 +140,17 @@ def make_kit(
         tool["protocol.py"] = files("edgeqdm.profile").joinpath("protocol.py").read_bytes()
         _write(folder, {**tool, KIT: dump_record(manifest)})
     return manifest
+
+
+def _check_kernel(key: OpKey, precision: Precision, backend: Backend) -> None:
+    offered = backend.menu()[key.kind]
+    if precision == TABLE or precision not in offered:
+        raise UnsupportedError(
+            "EQ-4311",
+            f"{key.kind} has no {precision} kernel",
+            path=str(key),
+            hint=f"choose among {', '.join(p for p in offered if p != TABLE)}",
+        )
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> None:

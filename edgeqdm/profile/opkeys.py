@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ def layer_of(key: OpKey) -> nn.Linear | nn.Conv2d:
     The same key gives the same weights.
     """
     outputs, inputs = key.weight_shape[0], key.weight_shape[1]
+    fan_in = math.prod(key.weight_shape[1:])
     layer: nn.Linear | nn.Conv2d
     if key.kind is LayerKind.LINEAR:
         layer = nn.Linear(inputs, outputs, bias=key.bias)
@@ -95,7 +97,7 @@ def layer_of(key: OpKey) -> nn.Linear | nn.Conv2d:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
     return layer.eval()
 
 

@@ -1,6 +1,6 @@
 """What a profile says of a network at given precisions: latency and bytes.
 
-    latency = base + sum over layers of scale[form] * (entry - overhead) - shared quantizations
+    latency = base + sum of scale[form] * (entries of that form - overhead - what they share)
 
 Alone, an operation finds its tensors in the cache and pays for a call of its own; beside others it
 does not. So the entries of every form of computation get one scale, and everything that is no
@@ -102,7 +102,8 @@ class LatencyModel:
         return found
 
     def _shared_us(self, precisions: Precisions) -> float:
-        return shared_us(self.network, self.quantize_us, precisions)
+        shared = shared_us(self.network, self.quantize_us, precisions)
+        return self.scales.get("integer", 1.0) * shared
 
 
 def form_of(precision: Precision) -> str:

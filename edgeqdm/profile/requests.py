@@ -89,12 +89,13 @@ def uniform_precisions(
 def nearest(precision: Precision, choices: Sequence[Precision]) -> Precision:
     """The choice that differs least: in whether it is on integers, then in bits."""
 
-    def distance(other: Precision) -> tuple[bool, int, int, int]:
+    def distance(other: Precision) -> tuple[bool, int, int, int, bool]:
         return (
             other.integer != precision.integer,
             abs(other.weight_bits - precision.weight_bits),
             abs(other.activation_bits - precision.activation_bits),
             abs(other.group_size - precision.group_size),
+            other.dynamic != precision.dynamic,
         )
 
     return min(choices, key=distance)

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sqlite3
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from edgeqdm.errors import StorageError, UnsupportedError
 
@@ -265,13 +267,15 @@ def open_database(url: str, name: str, *, create: bool) -> optuna.Study:
             path=hidden(url),
             hint="give a PostgreSQL URL, or leave the storage out for one process",
         )
-    with storage_errors(hidden(url)):
+    with storage_errors(hidden(url)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = RDBStorage(
             url,
             heartbeat_interval=HEARTBEAT_S,
             grace_period=GRACE_S,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-            engine_kwargs={"pool_pre_ping": True},
+            # Nothing is left open between transactions, whatever becomes of the process.
+            engine_kwargs={"poolclass": NullPool},
         )
         try:
             return optuna.load_study(study_name=name, storage=storage)

@@ -414,12 +414,14 @@ def work_on(
     """
     idle = 0
     with storage_errors(study.study_name):
+        optuna.storages.fail_stale_trials(study)
         while (done := n_complete(study)) < target and idle < MAX_IDLE:
             if progress is not None:
                 progress(done, target)
             study.optimize(objective, n_trials=1, catch=(NumericalError,))
             idle = 0 if n_complete(study) > done else idle + 1
             check_failures(study)
+        optuna.storages.fail_stale_trials(study)
     if progress is not None:
         progress(min(done, target), target)
 

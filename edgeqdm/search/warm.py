@@ -13,7 +13,7 @@ from edgeqdm.search.exact import Additive, fastest_us, optimum, slowest_us
 from edgeqdm.search.space import Candidate, SearchSpace
 from edgeqdm.search.study import Limits, Pricing
 
-DEFAULT_RUNGS = 12
+LEAST_RUNGS, MOST_RUNGS = 6, 48
 NEVER = 1e6
 """Damage of a precision that was not measured: larger than any that was."""
 
@@ -23,7 +23,7 @@ def ladder(
     sensitivity: SensitivityReport,
     *,
     limits: Limits,
-    n: int = DEFAULT_RUNGS,
+    n: int,
 ) -> list[tuple[str, Candidate]]:
     """Candidates to begin with, each with where it comes from, no two alike.
 
@@ -40,6 +40,11 @@ def ladder(
             told = f"additive optimum, {n_phases} phases, {budget / 1e3:.3f} ms"
             found.setdefault(candidate.merged(), told)
     return [(origin, candidate) for candidate, origin in found.items()]
+
+
+def rungs_for(trials: int, phases: int) -> int:
+    """Budgets of a ladder that leaves half of the trials to the search."""
+    return max(LEAST_RUNGS, min(MOST_RUNGS, trials // (2 * phases)))
 
 
 def _precisions(space: SearchSpace) -> list[Precision]:
@@ -152,8 +157,7 @@ def _optima(
     if room is not None and room <= 0:
         return []
     found = []
-    # The least budget is met by one choice exactly: rounding must not put it out of reach.
-    for budget in np.linspace(least * (1 + 1e-9), most * (1 + 1e-9), n):
+    for budget in _budgets(least, most, n):
         best: tuple[float, Candidate] | None = None
         for cut, model in zip(cuts, models, strict=True):
             choices = optimum(model, budget_us=float(budget), max_bytes=room)
@@ -169,6 +173,12 @@ def _optima(
         if best is not None:
             found.append((float(budget) + fixed[0], best[1]))
     return found
+
+
+def _budgets(least: float, most: float, n: int) -> list[float]:
+    """Denser towards the fastest, where a little time buys most."""
+    # The least budget is met by one choice exactly: rounding must not put it out of reach.
+    return [float(b) * (1 + 1e-9) for b in least + (most - least) * np.linspace(0, 1, n) ** 2]
 
 
 def _fixed_costs(pricing: Pricing) -> tuple[float, float]:

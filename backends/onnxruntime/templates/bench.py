@@ -47,13 +47,16 @@ def main() -> int:
     kit = json.loads(text)
     out = Path(arguments.out or HERE / f"results-{arguments.threads}.jsonl")
     header = describe(arguments, hashlib.sha256(text).hexdigest())
-    done = resume(out, header)
-    if done is None:
-        print(f"{out}: results of another kit or device; name another file with --out")
+    resumed = resume(out, header)
+    if resumed is None:
+        print(
+            f"{out}: results of another kit, device, mode or --seconds; name another file with --out"
+        )
         return 3
+    begun, done = resumed
     # Unbuffered, so that what a killed run has finished is there.
     with out.open("ab", buffering=0) as file:
-        if not done:
+        if not begun:
             file.write(line(header))
         Bench(kit, header, file, done).run()
     print(f"{out}: done", flush=True)
@@ -84,7 +87,7 @@ def describe(arguments: argparse.Namespace, kit_sha256: str) -> dict[str, Any]:
         "device": {
             "name": arguments.name or name,
             "machine": platform.machine(),
-            "system": f"{platform.system()} {platform.release()}",
+            "system": f"{platform.system()} {platform.release().partition('-')[0]}",
             "features": features,
         },
         "runtime": {"name": "onnxruntime", "version": ort.__version__},
@@ -118,10 +121,14 @@ def line(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-def resume(out: Path, header: dict[str, Any]) -> dict[tuple[str, int], list[float]] | None:
-    """Samples by graph and round; None if the file belongs to something else."""
+Samples = dict[tuple[str, int], list[float]]
+"""By graph and round, in microseconds."""
+
+
+def resume(out: Path, header: dict[str, Any]) -> tuple[bool, Samples] | None:
+    """Whether the file has its header, and its samples; None if it belongs to something else."""
     if not out.exists():
-        return {}
+        return False, {}
     data = out.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -129,12 +136,12 @@ def resume(out: Path, header: dict[str, Any]) -> dict[tuple[str, int], list[floa
         os.truncate(out, len(whole))
     lines = [json.loads(entry) for entry in whole.splitlines()]
     if not lines:
-        return {}
+        return False, {}
     told = ("kit_sha256", "device", "runtime", "threads", "power_mode", "seconds")
     if any(lines[0].get(field) != header[field] for field in told):
         return None
     header.update(lines[0])
-    return {(entry["graph"], entry["round"]): entry["us"] for entry in lines[1:]}
+    return True, {(entry["graph"], entry["round"]): entry["us"] for entry in lines[1:]}
 
 
 class Bench:
@@ -145,7 +152,7 @@ class Bench:
         kit: dict[str, Any],
         header: dict[str, Any],
         file: BinaryIO,
-        done: dict[tuple[str, int], list[float]],
+        done: Samples,
     ) -> None:
         self.graphs: dict[str, Any] = {graph["name"]: graph for graph in kit["graphs"]}
         self.header, self.file, self.done = header, file, done
@@ -158,6 +165,7 @@ class Bench:
     def run(self) -> None:
         names = [name for name in self.graphs if name != self.reference]
         total, finished = len(names) * (protocol.ROUNDS + 1), 0
+        checked = self.n_checks
         for turn in range(protocol.ROUNDS + 1):
             random.Random(turn).shuffle(names)
             for name in names:
@@ -166,8 +174,10 @@ class Bench:
                     self.keep(name, turn, self.sample(name, turn))
                 finished += 1
                 print(f"{finished}/{total}", flush=True)
-        self.checked = -REFERENCE_EVERY_S
-        self.check_reference()
+        # Before and after, at least; a finished kit is left as it is.
+        if self.n_checks > checked or self.n_checks < 2:
+            self.checked = -REFERENCE_EVERY_S
+            self.check_reference()
 
     def samples_of(self, name: str) -> list[float]:
         rounds = sorted(turn for graph, turn in self.done if graph == name)
