@@ -60,9 +60,9 @@ _LONGEST_NUMBER = 64
 _COMMENT_COLUMN = 34
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
-_BOOLEANS = {text: text.lower() == "true" for text in ("true", "True", "TRUE")} | {
-    text: False for text in ("false", "False", "FALSE")
-}
+_BOOLEANS = dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(
+    ("false", "False", "FALSE"), False
+)
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -638,11 +638,11 @@ def optimize(
     """
     out = Path(recipe.out)
     check_backend_name(recipe.target)
-    check_destination(out / PACKAGE, force=True)
     told = notice or _untold
     measured = recipe.profile.source != HOST or (out / PROFILE).exists()
     adopted = _adopt(recipe, told) if measured else None
     denoiser = _load(recipe, conditioning, online, progress)
+    check_destination(out / PACKAGE, force=True)
     if adopted is None:
         _measure(recipe, denoiser, _part("profile", progress))
         adopted = _adopt(recipe, told)
@@ -702,6 +702,13 @@ def _profile_source(recipe: Recipe) -> str | Path:
     return Path(recipe.out) / PROFILE if asked == HOST else asked
 
 
+def _again(recipe: Recipe) -> str:
+    """What to do about a profile that cannot be used."""
+    if recipe.profile.source != HOST:
+        return "name another profile"
+    return f"remove {_profile_source(recipe)} to measure again"
+
+
 def _measure(recipe: Recipe, denoiser: Denoiser, progress: Progress | None) -> None:
     out, asked = Path(recipe.out), recipe.profile
     tuning.profile_host(
@@ -721,13 +728,13 @@ def _measure(recipe: Recipe, denoiser: Denoiser, progress: Progress | None) -> N
 def _adopt(recipe: Recipe, notice: Callable[[str], None]) -> Adopted:
     """The profile of the recipe, with hints that name what a recipe's user can do."""
     source, asked = _profile_source(recipe), recipe.profile
-    again = f"remove {source} to measure again" if asked.source == HOST else "name another profile"
+    again = _again(recipe)
     try:
         found = read_profile(source, target=recipe.target, accept=asked.accept_flags)
     except InputError as error:
         if error.code == "EQ-3522":
-            flags = error.message.rpartition("flagged ")[2]
-            error.hint = f"{again}, or --set profile.accept_flags=[{flags}]"
+            flags = ", ".join((*asked.accept_flags, error.message.rpartition("flagged ")[2]))
+            error.hint = f"{again}, or --set profile.accept_flags='[{flags}]'"
         elif error.code in ("EQ-3520", "EQ-3521"):
             error.hint = f"{again}, or name another `out`" if asked.source == HOST else again
         raise
@@ -746,23 +753,28 @@ def _search(
     progress: Progress | None,
 ) -> ParetoReport:
     asked, profile = recipe.search, adopted.profile
-    settings = settings_of(
-        recipe,
-        float_ms=lambda: searching.float_ms(denoiser, profile, recipe.target, asked.precisions),
-        accepted=adopted.accepted,
-    )
-    return searching.search(
-        denoiser,
-        Path(recipe.out) / SEARCH,
-        profile,
-        settings=settings,
-        trials=asked.trials,
-        source=searching.Source(recipe.model, recipe.sampler.scheduler, recipe.split_skips),
-        storage=asked.storage,
-        study=asked.study,
-        notice=notice,
-        progress=progress,
-    )
+    try:
+        settings = settings_of(
+            recipe,
+            float_ms=lambda: searching.float_ms(denoiser, profile, recipe.target, asked.precisions),
+            accepted=adopted.accepted,
+        )
+        return searching.search(
+            denoiser,
+            Path(recipe.out) / SEARCH,
+            profile,
+            settings=settings,
+            trials=asked.trials,
+            source=searching.Source(recipe.model, recipe.sampler.scheduler, recipe.split_skips),
+            storage=asked.storage,
+            study=asked.study,
+            notice=notice,
+            progress=progress,
+        )
+    except InputError as error:
+        if error.code == "EQ-3510" and recipe.profile.source == HOST:
+            error.hint = _again(recipe)
+        raise
 
 
 def _is_made(package: Path, plan: DeploymentPlan, *, correct: bool) -> bool:

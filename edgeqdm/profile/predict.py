@@ -29,6 +29,8 @@ SCALE_DEVIATION = 0.2
 """How far a scale is expected to be from 1, before anything whole was measured."""
 NOISE = 0.02
 """Relative error that a sum of entries has however the scales are chosen."""
+LEAST_SHARE, MOST_SHARE = 0.05, 5.0
+"""Of a network's time that its entries may sum to: beyond, a unit is wrong."""
 _LISTED = 10
 
 
@@ -135,6 +137,9 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
     Relative errors are fitted; every scale is expected at 1 with a deviation of `SCALE_DEVIATION`,
     the base is free. Where the profile has no whole network of this model, all scales are 1 and the
     base is the overhead of a graph: sums rank plans then, and are no latency.
+
+    Raises:
+        InputError: EQ-3511, if entries and whole networks cannot be in the same unit.
     """
     overhead = profile.overhead.median_us
     net_us = {
@@ -153,6 +158,7 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         return plain
     forms, rows = _features(plain, known)
     measured = np.array([whole.timing.median_us for whole in known])
+    _check_units(rows, measured)
     base, *scales = _fit(rows, measured)
     return LatencyModel(
         network,
@@ -162,6 +168,17 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         {form: float(scale) for form, scale in zip(forms, scales, strict=True)},
         _left_out(rows, measured, [_mixed(whole) for whole in known]),
     )
+
+
+def _check_units(rows: Rows, measured: Rows) -> None:
+    share = float(np.median(rows.sum(1) / measured))
+    if not LEAST_SHARE <= share <= MOST_SHARE:
+        raise InputError(
+            "EQ-3511",
+            f"the entries of a network sum to {share:.3g} of its time as a whole",
+            path="entries",
+            hint="one of the two was not given in microseconds: import the results again",
+        )
 
 
 def _mixed(whole: WholeGraph) -> bool:

@@ -135,7 +135,8 @@ def test_the_form_on_disk_is_canonical() -> None:
     record = DeploymentPlan(target="é", model="m", n_steps=1, phases=(phase,))
     assert dump_record(record) == (
         b'{\n "model": "m",\n "n_steps": 1,\n "phases": [\n  {\n   "layers": [],\n'
-        b'   "start": 0,\n   "stop": 1\n  }\n ],\n "schema_version": 1,\n "target": "\\u00e9"\n}\n'
+        b'   "start": 0,\n   "stop": 1\n  }\n ],\n "prediction": null,\n "schema_version": 1,\n'
+        b' "target": "\\u00e9"\n}\n'
     )
 
 
@@ -279,7 +280,9 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one() -> None:
 
 def test_an_unknown_key_like_nothing_is_answered_with_all_known_ones() -> None:
     problem = refusal(edited(b'"n_steps": 8', b'"n_steps": 8, "zzz": 1'))
-    assert problem.hint == "known keys: model, n_steps, phases, schema_version, target"
+    assert problem.hint == (
+        "known keys: model, n_steps, phases, prediction, schema_version, target"
+    )
 
 
 def test_an_unknown_key_below_a_free_key_is_found() -> None:

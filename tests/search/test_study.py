@@ -88,6 +88,11 @@ def mean_db(plan: DeploymentPlan) -> float:
     return 60.0 - lost
 
 
+def gentle_db(plan: DeploymentPlan, k: int) -> float:
+    """So near to each other that none is clearly beaten."""
+    return 0.02 * mean_db(plan) + 0.001 * k
+
+
 @dataclass
 class FakeJudge:
     """Images whose error is a function of the plan; image k is k tenths of a dB better."""
@@ -132,7 +137,7 @@ def ledger(tmp_path: Path) -> Path:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
     """40 complete trials at random."""
     study = in_memory()
-    Owner(study, objective(FakeJudge()), tmp_path_factory.mktemp("searched") / LEDGER).run(40)
+    Owner(study, objective(FakeJudge(db=gentle_db)), tmp_path_factory.mktemp("searched") / LEDGER).run(40)
     return study
 
 
@@ -162,7 +167,7 @@ def test_a_trial_is_latency_and_the_mean_over_its_images(ledger: Path) -> None:
 def test_a_search_ends_at_exactly_as_many_complete_trials_as_asked_for(ledger: Path) -> None:
     study = in_memory()
     told: list[tuple[int, int]] = []
-    owner = Owner(study, objective(FakeJudge()), ledger)
+    owner = Owner(study, objective(FakeJudge(db=gentle_db)), ledger)
     owner.run(7, progress=lambda done, total: told.append((done, total)))
     assert n_complete(study) == 7
     assert told[0] == (0, 7)
@@ -223,7 +228,7 @@ def test_hypervolume_of_two_steps_by_hand() -> None:
     assert hypervolume(points, slowest_ms=4.0, least_db=10.0) == 50.0
 
 
-@given(st.lists(st.tuples(st.floats(0, 12), st.floats(0, 50)), max_size=8))
+@given(st.lists(st.tuples(st.floats(0, 12), st.floats(-5, 40)), max_size=8))
 def test_hypervolume_is_the_share_of_points_that_some_plan_beats(
     points: list[tuple[float, float]],
 ) -> None:
@@ -298,7 +303,7 @@ def test_a_plan_that_is_clearly_beaten_is_pruned_on_few_images(ledger: Path) -> 
     ("first", "second", "db"),
     [
         pytest.param(FP32, W4A8, mean_db, id="faster"),
-        pytest.param(W8A8, W4A8, lambda plan: 0.05 * mean_db(plan), id="hardly worse"),
+        pytest.param(W8A8, W4A8, lambda plan: 0.02 * mean_db(plan), id="hardly worse"),
     ],
 )
 def test_a_plan_that_is_not_clearly_beaten_is_drawn_to_the_end(
@@ -336,7 +341,12 @@ def as_worker(study: optuna.Study, judged: Objective, ledger: Path, target: int)
     work_on(study, judged, target)
 
 
-runners = pytest.mark.parametrize("run", [as_owner, as_worker], ids=["owner", "worker"])
+EXPERIMENTAL = pytest.mark.filterwarnings("ignore:.*fail_stale_trials is experimental")
+"""What Optuna says of its heartbeats whenever `optimize` begins."""
+runners = pytest.mark.parametrize(
+    "run",
+    [pytest.param(as_owner, id="owner"), pytest.param(as_worker, id="worker", marks=EXPERIMENTAL)],
+)
 
 
 def failing_at(precision: Precision, value: float) -> FakeJudge:
@@ -395,7 +405,7 @@ def failing_at_first_layer() -> FakeJudge:
     def db(plan: DeploymentPlan, k: int) -> float:
         if plan.phases[0].layers[0].precision == W4A8:
             raise NumericalError("EQ-5602", "images [0] hold NaN or Inf")
-        return mean_db(plan)
+        return gentle_db(plan, k)
 
     return FakeJudge(db=db)
 
@@ -433,7 +443,7 @@ def search_in(
     study, _ = open_sqlite(folder, "study")
     study.sampler = NumberedSampler(sampler, 3)
     prepare(study, {"model": "a"}, [("uniform w8a8", SPACE.params(SPACE.uniform(W8A8)))])
-    Owner(study, judged or objective(FakeJudge()), folder / LEDGER).run(target)
+    Owner(study, judged or objective(FakeJudge(db=gentle_db)), folder / LEDGER).run(target)
     return params_of(study)
 
 
@@ -465,7 +475,7 @@ def test_a_trial_that_died_between_two_parameters_gets_the_others_all_the_same(
         if trial.number == number:
             trial.suggest_int("start1", 1, STEPS)
             raise Died
-        return objective(FakeJudge())(trial)
+        return objective(FakeJudge(db=gentle_db))(trial)
 
     with pytest.raises(Died):
         search_in(folders[1], sampler, 12, dying)
@@ -500,7 +510,7 @@ def test_preparing_twice_enqueues_nothing_twice(ledger: Path) -> None:
     prepare(study, FINGERPRINT, STARTS)
     prepare(study, FINGERPRINT, STARTS)
     assert [t.user_attrs[ORIGIN] for t in study.get_trials()] == [origin for origin, _ in STARTS]
-    Owner(study, objective(FakeJudge()), ledger).run(3)
+    Owner(study, objective(FakeJudge(db=gentle_db)), ledger).run(3)
     prepare(study, FINGERPRINT, STARTS)
     states = [t.state for t in study.get_trials()]
     assert states == [TrialState.COMPLETE] * 3
@@ -509,7 +519,7 @@ def test_preparing_twice_enqueues_nothing_twice(ledger: Path) -> None:
 def test_a_search_begins_with_what_it_was_prepared_with(ledger: Path) -> None:
     study = in_memory()
     prepare(study, FINGERPRINT, STARTS)
-    Owner(study, objective(FakeJudge()), ledger).run(3)
+    Owner(study, objective(FakeJudge(db=gentle_db)), ledger).run(3)
     trials = study.get_trials()
     assert [t.params for t in trials[:2]] == [params for _, params in STARTS]
     assert [t.user_attrs.get(ORIGIN) for t in trials] == [*(o for o, _ in STARTS), None]

@@ -214,13 +214,11 @@ def test_one_phase_is_the_best_of_all_candidates() -> None:
 
 def test_the_ladder_reaches_from_the_fastest_plan_to_the_least_damage() -> None:
     pricing = pricing_of(quantize_us=0.0)
-    found = optima(ladder(pricing, REPORT, limits=Limits(), n=RUNGS))
     every = [c for _, c in ladder(pricing, REPORT, limits=Limits(), n=RUNGS)]
     latencies = [pricing.price(c).latency_us for c in every]
     assert min(latencies) == pytest.approx(fastest_plan_us(pricing))
     # All in fp32 does no damage at all.
     assert min(total_damage(pricing, c) for c in every) == 0.0
-    assert len(found) >= RUNGS - 2
 
 
 def test_more_phases_than_ranges_have_no_optima() -> None:
