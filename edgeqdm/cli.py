@@ -198,7 +198,6 @@ def emit(
 
     \b
     edgeqdm emit reference:unet-fmnist -o build/unet
-    edgeqdm emit ./my-ddpm -o build/ddpm --scheduler ddim --steps 50 --samples 128
     edgeqdm emit reference:unet-fmnist -o build/unet4 --quantized unet.safetensors
     edgeqdm emit reference:unet-fmnist -o build/fast --search search --trial best
     """

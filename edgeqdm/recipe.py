@@ -553,8 +553,12 @@ def recipe_text(model: str, *, out: str | None = None, target: str = DEFAULT_TAR
         model: as `load` takes it.
         out: folder of what is made; default one below `build`, of the model's name.
         target: name of a backend.
+
+    Raises:
+        InputError: EQ-3906, if one of them is empty.
     """
-    recipe = Recipe(model=model, out=out or _default_out(model), target=target)
+    values = {"model": model, "out": out or _default_out(model), "target": target}
+    recipe = _checked({key: _Entry(value, key) for key, value in values.items()}, "recipe")
     lines = [
         "# A recipe of edgeqdm: `edgeqdm optimize` runs it, --set search.trials=200 overrides it.",
         f"# {EXTENDS}: other.yaml would take from there what is not said here.",
@@ -664,7 +668,7 @@ def optimize(
         plan=plan,
         package=out / PACKAGE,
         kept=kept,
-        verification=_verified(out / PACKAGE, progress),
+        verification=_verified(out / PACKAGE, kept, progress),
     )
 
 
@@ -806,11 +810,12 @@ def _emit(
     )
 
 
-def _verified(package: Path, progress: Progress | None) -> Verification:
+def _verified(package: Path, kept: bool, progress: Progress | None) -> Verification:
     try:
         found = pipeline.verify(package)
     except VerifyError as error:
-        error.hint = error.hint or "--force makes the package again"
+        if kept:
+            error.hint = "--force makes the package again"
         raise
     if progress is not None:
         progress("verify", 1, 1)

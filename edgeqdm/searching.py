@@ -70,6 +70,7 @@ SEARCH, PARETO, SENSITIVITY, KEPT = "search.json", "pareto.json", "sensitivity.j
 SENSITIVITY_SEEDS, JUDGE_SEEDS, HELD_OUT_SEEDS = 2**40, 2**41, 2**42
 """Noise of the three is never shared, nor with a calibration's."""
 TRIALS, FOLDER = "trials", "folder"
+MEASURED = ("measured_ms", "measured_ratio", "measured_sqnr_db")
 REMEASURED = 8
 """Plans of a front that are emitted and measured, evenly along it."""
 
@@ -230,6 +231,7 @@ def search(
     folder = Path(folder)
     name = study or denoiser.info.name
     with locked(folder):
+        _check_study(folder, name)
         task = make_task(denoiser, folder, profile, settings, progress=progress)
         found = _measured_damage(task, progress)
         rungs = rungs_for(trials, settings.phases)
@@ -256,11 +258,21 @@ def search(
             )
         else:
             work_on(opened, objective, trials, progress=stage("trials", progress))
-        report = _report(task, opened)
+        report = _with_measured(_report(task, opened), folder)
         if remeasure or (remeasure is None and is_this_host(profile)):
             report = measure_front(task, opened, report, progress=progress)
         write_file_atomically(folder / PARETO, dump_record(report))
     return report
+
+
+def _check_study(folder: Path, name: str) -> None:
+    if (folder / SEARCH).is_file() and (there := read_search(folder).study) != name:
+        raise StorageError(
+            "EQ-6311",
+            f"the folder holds the study {there!r}, not {name!r}",
+            path=folder,
+            hint="name another folder, or leave --study out",
+        )
 
 
 def make_task(
@@ -489,6 +501,20 @@ def is_this_host(profile: LatencyProfile) -> bool:
     return same_machine and versions.get(profile.runtime.name) == profile.runtime.version
 
 
+def _with_measured(report: ParetoReport, folder: Path) -> ParetoReport:
+    """The report with what an earlier run has measured of the same trials."""
+    if not (folder / PARETO).is_file():
+        return report
+    old = {plan.trial: plan for plan in read_record(folder / PARETO, ParetoReport).plans}
+    plans = tuple(
+        plan.model_copy(update={k: getattr(old[plan.trial], k) for k in MEASURED})
+        if plan.trial in old
+        else plan
+        for plan in report.plans
+    )
+    return report.model_copy(update={"plans": plans})
+
+
 def measure_front(
     task: Task,
     study: optuna.Study,
@@ -499,7 +525,7 @@ def measure_front(
     progress: Progress | None = None,
 ) -> ParetoReport:
     """Emit plans of a front and measure them beside the float graph, on images no trial saw."""
-    chosen = _evenly(report.plans, REMEASURED)
+    chosen = [p for p in _evenly(report.plans, REMEASURED) if p.measured_ms is None]
     if not chosen:
         return report
     params = {t.number: t.params for t in study.get_trials(deepcopy=False)}

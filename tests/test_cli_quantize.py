@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
 from edgeqdm import cli, pipeline
@@ -701,11 +702,16 @@ def test_every_documented_command_parses() -> None:
 
 def test_every_documented_option_exists() -> None:
     text = README.read_text(encoding="utf-8")
-    known = {
-        name for command in group().commands.values() for p in command.params for name in p.opts
-    }
+    known = {name for command in _commands(group()) for p in command.params for name in p.opts}
     written = {name for code in re.findall(r"`([^`\n]+)`", text) for name in _options(code)}
     assert {"--reconstruct", "--mlp", "--step-aware", "--minutes"} <= written <= known
+
+
+def _commands(group: TyperGroup) -> Iterator[Any]:
+    for command in group.commands.values():
+        yield command
+        if isinstance(command, TyperGroup):
+            yield from _commands(command)
 
 
 def _options(code: str) -> list[str]:

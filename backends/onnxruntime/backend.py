@@ -121,7 +121,7 @@ class OnnxRuntimeBackend:
     def weight_bytes(
         self, kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
     ) -> tuple[int, int]:
-        return weight_bytes(weight_shape, precision)
+        return weight_bytes(kind, weight_shape, precision)
 
     def bench_tool(self) -> Mapping[str, File]:
         return {"bench.py": File(_template("bench.py"), "tool")}

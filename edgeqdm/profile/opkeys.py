@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.profile import OpKey
 from edgeqdm.models.denoiser import Denoiser
-from edgeqdm.models.layers import get_layer
+from edgeqdm.models.layers import get_layer, network_of
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class NetworkKeys:
         batch: samples of the evaluation, 2 under guidance.
         keys: of every layer, in the order of `info.layers`.
         siblings: layers that are fed the very same tensor, at least two in each.
+        rest_bytes: of all tensors that are no weight of a layer, float32.
     """
 
     model: str
     batch: int
     keys: Mapping[str, OpKey]
     siblings: tuple[tuple[str, ...], ...]
+    rest_bytes: int = 0
 
 
 def network_keys(denoiser: Denoiser) -> NetworkKeys:
@@ -60,11 +62,14 @@ def network_keys(denoiser: Denoiser) -> NetworkKeys:
     by_tensor: dict[int, list[str]] = {}
     for name, x in fed.items():
         by_tensor.setdefault(id(x), []).append(name)
+    weights = {f"{info.name}.weight" for info in denoiser.info.layers}
+    tensors = network_of(denoiser.module).state_dict()
     return NetworkKeys(
         model=denoiser.info.fingerprint,
         batch=evaluation_batch(denoiser),
         keys={info.name: keys[info.name] for info in denoiser.info.layers},
         siblings=tuple(tuple(names) for names in by_tensor.values() if len(names) > 1),
+        rest_bytes=sum(x.nbytes for name, x in tensors.items() if name not in weights),
     )
 
 

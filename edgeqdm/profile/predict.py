@@ -262,7 +262,8 @@ class StorageModel:
     Attributes:
         network: its operations.
         weight_bytes: (key, precision) -> bytes on disk and resident.
-        base_bytes: of everything that is no weight of a layer, on disk.
+        base_bytes: of everything that is no weight of a layer, on disk; all but the network's other
+            tensors is the graph's nodes, which every phase has of its own.
         tables: bytes of a layer's table, for layers that may become one.
     """
 
@@ -280,7 +281,8 @@ class StorageModel:
 
     def predict_bytes(self, phases: Sequence[Precisions]) -> tuple[int, int]:
         """Bytes on disk and resident; a layer is stored once for every precision it has."""
-        disk = resident = self.base_bytes
+        nodes = max(0, self.base_bytes - self.network.rest_bytes)
+        disk = resident = self.base_bytes + (len(phases) - 1) * nodes
         for layer in self.network.keys:
             for precision in dict.fromkeys(p.get(layer, FP32) for p in phases):
                 mine = self.layer_bytes(layer, precision)

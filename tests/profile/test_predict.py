@@ -59,7 +59,11 @@ def linear(width: int) -> OpKey:
 
 WIDTHS = {"q": 16, "k": 16, "v": 16, "out": 16, "up": 64, "down": 128}
 NETWORK = NetworkKeys(
-    MODEL, 1, {name: linear(width) for name, width in WIDTHS.items()}, (("q", "k", "v"),)
+    MODEL,
+    1,
+    {name: linear(width) for name, width in WIDTHS.items()},
+    (("q", "k", "v"),),
+    rest_bytes=1000,
 )
 ALONE = replace(NETWORK, siblings=())
 """The same network where every layer is fed a tensor of its own."""
@@ -451,6 +455,13 @@ def test_a_layer_is_stored_once_for_every_precision_it_has() -> None:
     assert STORAGE.predict_bytes([one, one]) == STORAGE.predict_bytes([one])
     assert STORAGE.predict_bytes([one, other]) == (1000 + values + values // 2, 1000 + 2 * values)
     assert STORAGE.predict_bytes([{}]) == (1000 + 4 * values, 1000 + values)
+
+
+def test_every_further_phase_has_nodes_of_its_own() -> None:
+    storage = replace(STORAGE, base_bytes=1300)
+    one = dict.fromkeys(WIDTHS, W8A8)
+    first, second = (storage.predict_bytes([one] * n)[0] for n in (1, 2))
+    assert second - first == 300
 
 
 def test_a_table_weighs_what_it_holds_instead_of_its_weights() -> None:

@@ -176,9 +176,7 @@ def test_float_images_are_taken_from_the_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def made(seed: int = SEED) -> Evaluator:
-        return Evaluator(
-            denoiser, calibration.observations, seed=seed, n_images=2, work=tmp_path
-        )
+        return Evaluator(denoiser, calibration.observations, seed=seed, n_images=2, work=tmp_path)
 
     def never(*arguments: Any) -> Any:
         raise AssertionError("drawn again")
@@ -260,7 +258,9 @@ def test_pooled_images_are_no_better_than_their_mean_and_no_worse_than_the_worst
 def test_images_of_equal_power_pool_to_their_sqnr_taken_together(seed: int) -> None:
     generator = np.random.default_rng(seed)
     reference = np.sign(generator.standard_normal((4, 2, 3, 3))).astype(np.float32)
-    noise = generator.standard_normal(reference.shape) * 10 ** generator.uniform(-3, 0, (4, 1, 1, 1))
+    noise = generator.standard_normal(reference.shape) * 10 ** generator.uniform(
+        -3, 0, (4, 1, 1, 1)
+    )
     found = (reference + noise).astype(np.float32)
     pooled = pooled_db(sqnr_by_image(reference, found))
     assert pooled == pytest.approx(sqnr_db(reference, found), abs=1e-6)

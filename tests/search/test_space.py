@@ -24,9 +24,7 @@ OFFERED = {
     LayerKind.CONV2D: (FP32, W8A8, W4A8),
     LayerKind.LINEAR: (FP32, W8A8, W4A8, DYNAMIC),
 }
-LINEAR = OpKey(
-    kind=LayerKind.LINEAR, input_shape=(1, 16, 8), weight_shape=(8, 8), bias=True
-)
+LINEAR = OpKey(kind=LayerKind.LINEAR, input_shape=(1, 16, 8), weight_shape=(8, 8), bias=True)
 CONV = OpKey(
     kind=LayerKind.CONV2D,
     input_shape=(1, 4, 8, 8),

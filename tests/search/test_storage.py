@@ -218,8 +218,11 @@ def test_any_trial_comes_back_from_the_ledger(
     finally:
         ledger.unlink(missing_ok=True)
     assert found[0] == 5
-    # As text: NaN differs from itself.
-    assert repr(told_of(found[1])[1:]) == repr(told_of(trial)[1:])
+    # NaN differs from itself, but not as text.
+    for name in ("state", "values", "params", "distributions", "system_attrs"):
+        assert getattr(found[1], name) == getattr(trial, name)
+    assert found[1].user_attrs["reason"] == text
+    assert str(found[1].user_attrs["image_db"]) == str(image_db)
 
 
 def test_a_ledger_that_is_not_there_is_empty(tmp_path: Path) -> None:
@@ -322,7 +325,7 @@ def test_a_damaged_database_is_made_again_of_the_ledger_and_kept(
     assert study.directions == list(DIRECTIONS)
 
 
-@pytest.mark.parametrize("page", range(4, 24, 4))
+@pytest.mark.parametrize("page", range(0, 24, 4))
 def test_noise_in_any_page_changes_no_trial(
     folder: Path, expected: list[tuple[object, ...]], page: int
 ) -> None:
@@ -336,9 +339,7 @@ def test_noise_in_any_page_changes_no_trial(
         assert trials_of(study) == expected, offset
 
 
-def test_a_deleted_database_is_made_again(
-    folder: Path, expected: list[tuple[object, ...]]
-) -> None:
+def test_a_deleted_database_is_made_again(folder: Path, expected: list[tuple[object, ...]]) -> None:
     (folder / DATABASE).unlink()
     study, told = open_sqlite(folder, NAME)
     assert trials_of(study) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
-from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.errors import InputError, NumericalError, StorageError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
@@ -62,6 +62,11 @@ def linear(width: int) -> OpKey:
     )
 
 
+def weight_bytes(kind: LayerKind, shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
+    disk = math.prod(shape) * precision.weight_bits // 8
+    return disk, 2 * disk
+
+
 def make_pricing() -> Pricing:
     network = NetworkKeys(MODEL, 1, {name: linear(w) for name, w in WIDTHS.items()}, ())
     layers = tuple(LayerAssignment(layer=n, precision=W8A8, reason="by rule") for n in WIDTHS)
@@ -70,7 +75,7 @@ def make_pricing() -> Pricing:
     space = make_space(base, network, {LayerKind.LINEAR: tuple(LOSS_DB)}, max_phases=2)
     net_us = {(linear(w), p): 10.0 * w * s for w in WIDTHS.values() for p, s in SHARE_US.items()}
     latency = LatencyModel(network, net_us, {}, 100.0, {}, None)
-    storage = StorageModel(network, lambda kind, shape, p: weight_bytes(shape, p), 1000, {})
+    storage = StorageModel(network, weight_bytes, 1000, {})
     return Pricing(space, latency, storage)
 
 
@@ -137,7 +142,9 @@ def ledger(tmp_path: Path) -> Path:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
     """40 complete trials at random."""
     study = in_memory()
-    Owner(study, objective(FakeJudge(db=gentle_db)), tmp_path_factory.mktemp("searched") / LEDGER).run(40)
+    Owner(
+        study, objective(FakeJudge(db=gentle_db)), tmp_path_factory.mktemp("searched") / LEDGER
+    ).run(40)
     return study
 
 
@@ -200,9 +207,7 @@ def dominates(one: FrozenTrial, other: FrozenTrial) -> bool:
 
 def test_a_front_is_what_no_other_trial_beats(searched: optuna.Study) -> None:
     trials = searched.get_trials(states=(TrialState.COMPLETE,))
-    expected = {
-        tuple(t.values) for t in trials if not any(dominates(other, t) for other in trials)
-    }
+    expected = {tuple(t.values) for t in trials if not any(dominates(other, t) for other in trials)}
     found = [tuple(t.values) for t in front(searched)]
     assert len(found) > 2
     assert set(found) == expected

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
 from edgeqdm.ir.precision import FP32, TABLE, W8A8, Precision
@@ -50,12 +50,19 @@ def linear(width: int) -> OpKey:
 NETWORK = NetworkKeys(MODEL, 1, {name: linear(width) for name, width in WIDTHS.items()}, SIBLINGS)
 
 
+def weight_bytes(kind: LayerKind, shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
+    """Codes and a scale per output channel, float32."""
+    disk = math.prod(shape) * precision.weight_bits // 8 + 4 * shape[0]
+    return disk, 2 * disk
+
+
 def pricing_of(
     *,
     max_phases: int = 1,
     choices: tuple[Precision, ...] = CHOICES,
     tie: bool = False,
     quantize_us: float = 0.5,
+    base_bytes: int = 1000,
 ) -> Pricing:
     """Layers cost their width to the 1.5; those fed the same tensor quantize it once."""
     layers = tuple(
@@ -78,9 +85,7 @@ def pricing_of(
         for precision, share in SHARE_US.items()
     }
     latency = LatencyModel(NETWORK, net_us, {(1, 16, 16): quantize_us}, 7.0, {}, None)
-    storage = StorageModel(
-        NETWORK, lambda kind, shape, precision: weight_bytes(shape, precision), 1000, {"time": 96}
-    )
+    storage = StorageModel(NETWORK, weight_bytes, base_bytes, {"time": 96})
     return Pricing(space, latency, storage)
 
 
@@ -202,9 +207,7 @@ def test_where_damages_add_up_no_candidate_as_fast_does_less(n_phases: int) -> N
 def test_one_phase_is_the_best_of_all_candidates() -> None:
     """All 729 of them."""
     pricing = pricing_of(quantize_us=0.0)
-    every = [
-        Candidate((0,), (row,)) for row in itertools.product(CHOICES, repeat=len(SEARCHED))
-    ]
+    every = [Candidate((0,), (row,)) for row in itertools.product(CHOICES, repeat=len(SEARCHED))]
     costs = [(pricing.price(c).latency_us, total_damage(pricing, c)) for c in every]
     for candidate in optima(ladder(pricing, REPORT, limits=Limits(), n=RUNGS)):
         latency = pricing.price(candidate).latency_us
@@ -255,7 +258,7 @@ def test_no_candidate_is_smaller_than_the_smallest() -> None:
 
 def test_the_additive_model_costs_what_the_prices_say() -> None:
     """But for what is in no group."""
-    pricing = pricing_of(max_phases=2, quantize_us=0.0)
+    pricing = pricing_of(max_phases=2, quantize_us=0.0, base_bytes=0)
     starts = (0, 6)
     model = additive(pricing, REPORT, starts)
     zero = pricing.price(pricing.space.uniform(FP32))

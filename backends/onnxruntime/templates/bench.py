@@ -49,9 +49,7 @@ def main() -> int:
     header = describe(arguments, hashlib.sha256(text).hexdigest())
     resumed = resume(out, header)
     if resumed is None:
-        print(
-            f"{out}: results of another kit, device, mode or --seconds; name another file with --out"
-        )
+        print(f"{out}: results of another kit, device, mode or --seconds; name a file with --out")
         return 3
     begun, done = resumed
     # Unbuffered, so that what a killed run has finished is there.
