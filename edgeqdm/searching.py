@@ -49,6 +49,7 @@ from edgeqdm.search.space import POLICIES, Candidate, SearchSpace, make_space
 from edgeqdm.search.storage import LEDGER, locked, open_database, open_sqlite
 from edgeqdm.search.study import (
     DEFAULT_SAMPLER,
+    MAX_IDLE,
     ORIGIN,
     SAMPLERS,
     Limits,
@@ -57,6 +58,7 @@ from edgeqdm.search.study import (
     Owner,
     Pricing,
     check_fingerprint,
+    check_same,
     front,
     prepare,
     unknown_sampler,
@@ -233,8 +235,10 @@ def search(
     with locked(folder):
         _check_study(folder, name)
         task = make_task(denoiser, folder, profile, settings, progress=progress)
+        if (folder / SEARCH).is_file():
+            check_same(read_search(folder).fingerprint, task.fingerprint, folder)
         found = _measured_damage(task, progress)
-        rungs = rungs_for(trials, settings.phases)
+        rungs = rungs_for(trials)
         starts = [
             (origin, task.space.params(candidate))
             for origin, candidate in ladder(task.pricing, found, limits=task.limits, n=rungs)
@@ -259,6 +263,11 @@ def search(
         else:
             work_on(opened, objective, trials, progress=stage("trials", progress))
         report = _with_measured(_report(task, opened), folder)
+        if report.complete < trials and notice is not None:
+            notice(
+                f"{report.complete} of {trials} trials are complete: the last {MAX_IDLE} were "
+                "beyond a limit, clearly worse than others or failed"
+            )
         if remeasure or (remeasure is None and is_this_host(profile)):
             report = measure_front(task, opened, report, progress=progress)
         write_file_atomically(folder / PARETO, dump_record(report))
@@ -420,14 +429,7 @@ def reopen(denoiser: Denoiser, folder: str | Path, *, progress: Progress | None 
     record = read_search(folder)
     profile = read_record(folder / PROFILE, LatencyProfile)
     task = make_task(denoiser, folder, profile, record.settings, progress=progress)
-    differing = [k for k, v in record.fingerprint.items() if task.fingerprint.get(k) != v]
-    if differing:
-        raise StorageError(
-            "EQ-6310",
-            f"the search was made for something else: {', '.join(differing)} differ",
-            path=folder,
-            hint="load the model with the sampler, steps and guidance of the search",
-        )
+    check_same(record.fingerprint, task.fingerprint, folder)
     return task
 
 
@@ -727,8 +729,8 @@ def _reason(
     error = damage.get((layer, precision))
     told = "" if error is None else f", error of the images alone {error:.1e}"
     saved = plain - own
-    verb = "saves" if saved >= 0 else "costs"
-    return f"{precision}: {verb} {abs(saved):.1f} of {plain:.1f} us{told}"
+    gain = f"saves {saved:.1f} of" if saved >= 0 else f"takes {-saved:.1f} us more than"
+    return f"{precision}: {gain} {plain:.1f} us{told}"
 
 
 def read_pareto(folder: str | Path) -> ParetoReport:

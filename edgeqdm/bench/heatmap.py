@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
+import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
@@ -99,7 +100,8 @@ def _bytes(figure: Figure, suffix: str) -> bytes:
     metadata = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
     if suffix == ".pdf":
         metadata = {"CreationDate": None, "Creator": None, "Producer": None}
-    figure.savefig(buffer, format=suffix.removeprefix("."), dpi=130, metadata=metadata)
+    with mpl.rc_context({"svg.hashsalt": "edgeqdm"}):
+        figure.savefig(buffer, format=suffix.removeprefix("."), dpi=130, metadata=metadata)
     return buffer.getvalue()
 
 

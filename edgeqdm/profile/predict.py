@@ -97,6 +97,11 @@ class LatencyModel:
         phases = zip(plan.phases, self.predict_plan_us(plan), strict=True)
         return sum((phase.stop - phase.start) * us for phase, us in phases) / plan.n_steps
 
+    def quantize_once_us(self, names: Sequence[str]) -> float:
+        """What a layer saves whose input another one of `names` has quantized, in microseconds."""
+        shape = self.network.keys[names[0]].input_shape
+        return self.scales.get("integer", 1.0) * self.quantize_us.get(shape, 0.0)
+
     def _net(self, layer: str, precision: Precision) -> float:
         found = self.net_us.get((self.network.keys[layer], precision))
         if found is None:
@@ -115,17 +120,21 @@ def form_of(precision: Precision) -> str:
     return "dynamic" if precision.dynamic else "integer"
 
 
+def input_form(precision: Precision) -> tuple[int, ActivationPolicy] | None:
+    """What layers fed the same tensor must have alike to share its quantization; None: nothing."""
+    if not precision.integer or ActivationPolicy.TEMPORAL not in precision.policies:
+        return None
+    return precision.activation_bits, precision.policies[0]
+
+
 def shared_us(
     network: NetworkKeys, quantize_us: Mapping[tuple[int, ...], float], precisions: Precisions
 ) -> float:
     """Quantizations that entries count and a graph does once, for layers fed the same tensor."""
     saved = 0.0
     for names in network.siblings:
-        tabled = [
-            (p.activation_bits, p.policies[0])
-            for p in (precisions.get(name, FP32) for name in names)
-            if p.integer and ActivationPolicy.TEMPORAL in p.policies
-        ]
+        forms = [input_form(precisions.get(name, FP32)) for name in names]
+        tabled = [form for form in forms if form is not None]
         twice = len(tabled) - len(set(tabled))
         saved += twice * quantize_us.get(network.keys[names[0]].input_shape, 0.0)
     return saved

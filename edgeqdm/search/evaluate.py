@@ -118,7 +118,7 @@ class Evaluator:
 
 
 def sqnr_by_image(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Decibels:
-    """SQNR in dB of each image [N, C, H, W], at most `CAP_DB`; [N].
+    """SQNR in dB of each image [N, C, H, W], within +-`CAP_DB`; [N].
 
     Raises:
         NumericalError: EQ-5602, if an image holds NaN or Inf.
@@ -131,8 +131,10 @@ def sqnr_by_image(reference: NDArray[np.float32], found: NDArray[np.float32]) ->
         raise NumericalError(
             "EQ-5602", f"images {bad[:5]} hold NaN or Inf", hint="verify the plan's precisions"
         )
-    floor = signal * 10 ** (-CAP_DB / 10)
-    decibels: Decibels = 10 * np.log10(signal / np.maximum(error, floor))
+    # An image that is black has no signal: whatever is drawn in its place is as wrong as can be.
+    least = np.finfo(np.float64).tiny
+    ratio = np.log10(np.maximum(signal, least)) - np.log10(np.maximum(error, least))
+    decibels: Decibels = np.where(error == 0, CAP_DB, np.clip(10 * ratio, -CAP_DB, CAP_DB))
     return decibels
 
 

@@ -1,7 +1,8 @@
 """The best plan of an additive model: what a search starts from.
 
     minimise    sum over groups and phases of damage[g, p, c]
-    subject to  sum of the phases' shares of steps * latency[g, c] <= budget
+    subject to  sum over phases of their share of steps * (sum of latency[g, c]
+                    + sum of the shared costs that any choice of the phase calls for) <= budget
                 sum of bytes[g, c] over the precisions that any phase uses <= limit
 
 a multiple-choice knapsack, solved to optimality.
@@ -10,12 +11,12 @@ a multiple-choice knapsack, solved to optimality.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import highspy
 import numpy as np
+from highspy import HighsModelStatus, HighsVarType
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from edgeqdm.errors import NumericalError
 
@@ -23,8 +24,21 @@ Values = NDArray[np.float64]
 GAP = 1e-4
 """Of the optimum found to the true one, relative: below what a measured damage is good for."""
 SECONDS = 20.0
-_INFEASIBLE = 2
-_LIMIT = 1
+RESOLVED = 0.01
+"""Of the unit of damage, that an optimum must reach to be told from its neighbours."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Time that a phase takes once if it has any of these choices.
+
+    Attributes:
+        us: in microseconds.
+        users: groups and their choices, [(g, c)].
+    """
+
+    us: float
+    users: frozenset[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -32,16 +46,19 @@ class Additive:
     """The additive model of one choice of phases.
 
     Attributes:
-        damage: of a group in a phase at each of its choices, [P][G] arrays of [C].
+        damage: of a group in a phase at each of its choices, [P][G] arrays of [C]; infinite
+            where it was not measured.
         latency_us: of a group at each of its choices, [G] arrays of [C].
         disk_bytes: the same, [G] arrays of [C].
         shares: of the steps, by phase, sum 1, [P].
+        shared: costs beside those of single choices.
     """
 
     damage: Sequence[Sequence[Values]]
     latency_us: Sequence[Values]
     disk_bytes: Sequence[Values]
     shares: Sequence[float]
+    shared: Sequence[Shared] = ()
 
     @property
     def n_phases(self) -> int:
@@ -52,9 +69,7 @@ class Additive:
         damage = latency = 0.0
         for p, mine in enumerate(choices):
             damage += sum(float(self.damage[p][g][c]) for g, c in enumerate(mine))
-            latency += self.shares[p] * sum(
-                float(self.latency_us[g][c]) for g, c in enumerate(mine)
-            )
+            latency += self.shares[p] * self._phase_us(mine)
         stored = sum(
             float(self.disk_bytes[g][c])
             for g in range(len(self.latency_us))
@@ -62,10 +77,25 @@ class Additive:
         )
         return damage, latency, stored
 
+    def _phase_us(self, mine: Sequence[int]) -> float:
+        there = set(enumerate(mine))
+        own = sum(float(self.latency_us[g][c]) for g, c in there)
+        return own + sum(each.us for each in self.shared if each.users & there)
 
-def fastest_us(model: Additive) -> float:
-    """Least latency that any choice reaches."""
-    return sum(float(latency.min()) for latency in model.latency_us)
+
+def fastest(model: Additive) -> list[int]:
+    """The choices of least latency for all phases alike, [G].
+
+    Raises:
+        NumericalError: EQ-5610, if the solver finds nothing in `SECONDS`.
+    """
+    one = replace(model, damage=model.damage[:1], shares=(1.0,))
+    layout = _Layout.of(one, stored=False)
+    costs = layout.latency(one)
+    constraints = [*layout.one_each(), *layout.if_chosen(one)]
+    found = _solve(layout, constraints, costs, np.isfinite(costs), gap=0.0)
+    assert found is not None, "one choice of every group is always there"
+    return found[0]
 
 
 def slowest_us(model: Additive) -> float:
@@ -90,99 +120,166 @@ def optimum(
 ) -> list[list[int]] | None:
     """The choice of least damage within a budget, [P][G]; None if there is none.
 
-    Solved by HiGHS, through `scipy.optimize.milp`. With one phase a byte limit is a second
+    Solved by HiGHS. With one phase a byte limit is a second
     knapsack; with several, a variable of its own says that a precision is stored.
 
     Raises:
         NumericalError: EQ-5610, if the solver finds nothing in `SECONDS`.
     """
     layout = _Layout.of(model, stored=max_bytes is not None)
-    weights = layout.chosen(model)
-    constraints = [layout.one_each()]
-    shares = np.concatenate([share * np.concatenate(model.latency_us) for share in model.shares])
+    damage = layout.damage(model)
     # In units of the budgets: the solver's tolerances are absolute.
-    constraints.append(layout.limit(shares / budget_us, 1.0, of="chosen"))
+    constraints = [
+        *layout.one_each(),
+        *layout.if_chosen(model),
+        Row.below(layout.latency(model) / budget_us, 1.0),
+    ]
     if max_bytes is not None:
-        constraints.append(
-            layout.limit(np.concatenate(model.disk_bytes) / max_bytes, 1.0, of="stored")
-        )
-        constraints.append(layout.stored_if_chosen())
-    scale = float(np.abs(weights).max()) or 1.0
-    objective = np.zeros(layout.n_variables)
-    objective[: len(weights)] = weights / scale
-    found = milp(
-        objective,
-        integrality=np.ones(layout.n_variables, np.int64),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-    )
-    if found.status == _INFEASIBLE:
+        constraints.append(Row.below(layout.bytes(model) / max_bytes, 1.0))
+    allowed = np.isfinite(damage)
+    unit = float(damage[allowed].max(initial=0.0)) or 1.0
+    while (found := _solve(layout, constraints, damage / unit, allowed)) is not None:
+        total = model.cost(found)[0]
+        if total >= RESOLVED * unit or total <= 0:
+            break
+        # The solver takes differences below 1e-6 for none. What alone does more damage than a
+        # whole plan is in no better plan, and without it the unit can be the plan's own damage.
+        allowed, unit = allowed & (damage <= total), total
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """low <= sum of values[i] * x[places[i]] <= high."""
+
+    places: Sequence[int]
+    values: Sequence[float]
+    low: float
+    high: float
+
+    @staticmethod
+    def below(values: Values, high: float) -> Row:
+        places = np.flatnonzero(values)
+        return Row(places.tolist(), values[places].tolist(), -np.inf, high)
+
+
+def _solve(
+    layout: _Layout,
+    rows: Sequence[Row],
+    costs: Values,
+    allowed: NDArray[np.bool_],
+    *,
+    gap: float = GAP,
+) -> list[list[int]] | None:
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    for option, value in {
+        "output_flag": False,
+        "threads": 1,
+        "mip_rel_gap": gap,
+        "mip_abs_gap": 0.0,
+        "time_limit": SECONDS,
+    }.items():
+        solver.setOptionValue(option, value)
+    solver.passModel(_program(layout, rows, np.where(allowed, costs, 0), np.where(allowed, 1, 0)))
+    solver.run()
+    status = solver.getModelStatus()
+    if status == HighsModelStatus.kInfeasible:
         return None
-    if found.x is None:
+    solution = solver.getSolution()
+    if not solution.value_valid:
         raise NumericalError(
             "EQ-5610",
-            f"the integer program has no solution after {SECONDS:g} s: {found.message}",
+            f"the integer program has no solution after {SECONDS:g} s: "
+            f"{solver.modelStatusToString(status)}",
             hint="tie layers to blocks, or allow fewer phases",
         )
-    return layout.read(found.x)
+    return layout.read(np.asarray(solution.col_value))
+
+
+def _program(layout: _Layout, rows: Sequence[Row], costs: Values, upper: Values) -> highspy.HighsLp:
+    program = highspy.HighsLp()
+    program.num_col_, program.num_row_ = layout.n_variables, len(rows)
+    program.col_cost_, program.col_upper_ = costs, upper
+    program.col_lower_ = np.zeros(layout.n_variables)
+    program.integrality_ = [
+        HighsVarType.kInteger if at < layout.n_chosen else HighsVarType.kContinuous
+        for at in range(layout.n_variables)
+    ]
+    program.row_lower_ = np.array([row.low for row in rows])
+    program.row_upper_ = np.array([row.high for row in rows])
+    program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    program.a_matrix_.start_ = np.cumsum([0, *(len(row.places) for row in rows)])
+    program.a_matrix_.index_ = np.concatenate([row.places for row in rows])
+    program.a_matrix_.value_ = np.concatenate([row.values for row in rows])
+    return program
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Places of the binary variables: chosen[p, g, c], then stored[g, c]."""
+    """Places of the variables: chosen[p, g, c], then shared[p, k], then stored[g, c].
+
+    Only the chosen ones are declared whole: the others are so by themselves.
+    """
 
     widths: tuple[int, ...]
     n_phases: int
+    n_shared: int
     stored: bool
 
     @staticmethod
     def of(model: Additive, *, stored: bool) -> _Layout:
-        return _Layout(tuple(len(each) for each in model.latency_us), model.n_phases, stored)
+        widths = tuple(len(each) for each in model.latency_us)
+        return _Layout(widths, model.n_phases, len(model.shared), stored)
 
     @property
     def row(self) -> int:
         return sum(self.widths)
 
     @property
+    def n_chosen(self) -> int:
+        return self.row * self.n_phases
+
+    @property
     def n_variables(self) -> int:
-        return self.row * (self.n_phases + self.stored)
+        return self.n_chosen + self.n_phases * self.n_shared + self.row * self.stored
 
     @property
     def offsets(self) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(self.widths)[:-1]]).astype(np.int64)
 
-    def chosen(self, model: Additive) -> Values:
-        return np.concatenate([np.concatenate(list(phase)) for phase in model.damage])
+    def damage(self, model: Additive) -> Values:
+        chosen = np.concatenate([np.concatenate(list(phase)) for phase in model.damage])
+        return np.concatenate([chosen, np.zeros(self.n_variables - self.n_chosen)])
 
-    def one_each(self) -> LinearConstraint:
-        rows: list[int] = []
-        columns: list[int] = []
-        for p in range(self.n_phases):
-            for g, (offset, width) in enumerate(zip(self.offsets, self.widths, strict=True)):
-                rows += [p * len(self.widths) + g] * width
-                columns += range(p * self.row + offset, p * self.row + offset + width)
-        n_rows = self.n_phases * len(self.widths)
-        places = (np.array(rows), np.array(columns))
-        matrix = coo_array((np.ones(len(rows)), places), (n_rows, self.n_variables))
-        return LinearConstraint(matrix.tocsr(), 1, 1)
+    def latency(self, model: Additive) -> Values:
+        own, once = np.concatenate(model.latency_us), np.array([each.us for each in model.shared])
+        shares = np.asarray(model.shares)
+        parts = [np.kron(shares, own), np.kron(shares, once), np.zeros(self.row * self.stored)]
+        return np.concatenate(parts)
 
-    def limit(self, weights: Values, bound: float, *, of: str) -> LinearConstraint:
-        start = 0 if of == "chosen" else self.n_phases * self.row
-        row = np.zeros((1, self.n_variables))
-        row[0, start : start + len(weights)] = weights
-        return LinearConstraint(row, -np.inf, bound)
+    def bytes(self, model: Additive) -> Values:
+        own = np.concatenate(model.disk_bytes)
+        return np.concatenate([np.zeros(self.n_variables - self.row), own])
 
-    def stored_if_chosen(self) -> LinearConstraint:
-        n_rows = self.n_phases * self.row
-        chosen = np.arange(n_rows)
-        stored = n_rows + chosen % self.row
-        rows = np.concatenate([chosen, chosen])
-        values = np.concatenate([np.ones(n_rows), -np.ones(n_rows)])
-        matrix = coo_array(
-            (values, (rows, np.concatenate([chosen, stored]))), (n_rows, self.n_variables)
-        )
-        return LinearConstraint(matrix.tocsr(), -np.inf, 0)
+    def one_each(self) -> list[Row]:
+        return [
+            Row(range(p * self.row + o, p * self.row + o + w), [1.0] * w, 1.0, 1.0)
+            for p in range(self.n_phases)
+            for o, w in zip(self.offsets, self.widths, strict=True)
+        ]
+
+    def if_chosen(self, model: Additive) -> list[Row]:
+        """Whatever a choice calls for is there."""
+        pairs = [
+            (p * self.row + int(self.offsets[g]) + c, self.n_chosen + p * self.n_shared + k)
+            for p in range(self.n_phases)
+            for k, each in enumerate(model.shared)
+            for g, c in sorted(each.users)
+        ]
+        if self.stored:
+            first = self.n_variables - self.row
+            pairs += [(at, first + at % self.row) for at in range(self.n_chosen)]
+        return [Row(pair, (1.0, -1.0), -np.inf, 0.0) for pair in pairs]
 
     def read(self, x: Values) -> list[list[int]]:
         return [

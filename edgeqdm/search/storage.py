@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sqlite3
 import warnings
@@ -24,6 +25,7 @@ from urllib.parse import quote
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -37,6 +39,9 @@ HEARTBEAT_S, GRACE_S, RETRIES = 60, 180, 2
 DIRECTIONS = (StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE)
 """Of latency and of image SQNR."""
 BUSY_S = 60
+_BESIDE = ("-journal", "-wal", "-shm")
+_SECRET = re.compile(r"([?&](?:ssl)?passw(?:or)?d=)[^&#]*", re.IGNORECASE)
+_USER = re.compile(r"(?P<before>.*?//)?(?P<user>[^:]*)")
 
 
 @contextlib.contextmanager
@@ -106,32 +111,54 @@ def open_sqlite(folder: Path, name: str) -> tuple[optuna.Study, tuple[str, ...]]
     """
     file, ledger = folder / DATABASE, folder / LEDGER
     kept = read_ledger(ledger)
-    damage = _damage_of(file)
-    told: list[str] = []
-    if damage is None and kept and len(_finished(_load(file, name))) < len(kept):
-        damage = "it lacks trials of the ledger"
-    if damage is not None and (kept or file.exists()):
-        aside = _set_aside(file)
-        what = f"{DATABASE}: {damage}"
-        if not kept:
-            raise StorageError(
-                "EQ-6303",
-                f"{what}; there is no ledger to make it again of",
-                path=aside or file,
-                hint="start the search anew in another folder; the file was kept",
-            )
-        told.append(
-            f"{what}; made again of {len(kept)} trials" + (f", {aside.name} kept" if aside else "")
+    if not kept and not file.exists():
+        return _make(file, name, {}), ()
+    damage = _damage_of(file) or _difference(_load(file, name), kept)
+    if damage is None:
+        return _load(file, name), ()
+    aside = _set_aside(file)
+    what = f"{DATABASE}: {damage}"
+    if not kept:
+        raise StorageError(
+            "EQ-6303",
+            f"{what}; there is no ledger to make it again of",
+            path=aside or file,
+            hint="start the search anew in another folder; the file was kept",
         )
-        study = _load(file, name)
-        _replay(study, kept)
-        return study, tuple(told)
-    return _load(file, name), tuple(told)
+    told = f"{what}; made again of {len(kept)} trials" + (f", {aside.name} kept" if aside else "")
+    return _make(file, name, kept), (told,)
 
 
-def _load(file: Path, name: str) -> optuna.Study:
+def _make(file: Path, name: str, kept: Mapping[int, FrozenTrial]) -> optuna.Study:
+    """A new database, whole or not there at all."""
+    fresh = file.with_name(f"{file.name}.new")
+    for end in ("", *_BESIDE):
+        fresh.with_name(fresh.name + end).unlink(missing_ok=True)
+    # Without a pool nothing holds the file under its first name.
+    study = _load(fresh, name, poolclass=NullPool)
     with storage_errors(file):
-        storage = RDBStorage(sqlite_url(file), engine_kwargs={"connect_args": {"timeout": BUSY_S}})
+        _replay(study, kept)
+    os.replace(fresh, file)
+    return _load(file, name)
+
+
+def _difference(study: optuna.Study, kept: Mapping[int, FrozenTrial]) -> str | None:
+    """What of the ledger a database does not tell; it has no checksums of its own."""
+    try:
+        with storage_errors(study.study_name):
+            stored = {t.number: _text_of(t, t.number) for t in _finished(study)}
+    except (StorageError, ValueError, LookupError, TypeError) as problem:
+        return f"damaged ({problem})"
+    if any(number not in stored for number in kept):
+        return "it lacks trials of the ledger"
+    differing = [number for number, t in kept.items() if stored[number] != _text_of(t, number)]
+    return f"trial {differing[0]} differs from the ledger" if differing else None
+
+
+def _load(file: Path, name: str, **engine: Any) -> optuna.Study:
+    with storage_errors(file):
+        options = {"connect_args": {"timeout": BUSY_S}, **engine}
+        storage = RDBStorage(sqlite_url(file), engine_kwargs=options)
         return optuna.create_study(
             storage=storage, study_name=name, directions=DIRECTIONS, load_if_exists=True
         )
@@ -149,7 +176,7 @@ def _damage_of(file: Path) -> str | None:
         ) as db:
             (found,) = db.execute("PRAGMA quick_check").fetchone()
             db.execute("SELECT count(*) FROM trials").fetchone()
-    except sqlite3.DatabaseError as problem:
+    except (sqlite3.DatabaseError, ValueError) as problem:
         return f"damaged ({problem})"
     return None if found == "ok" else f"damaged ({str(found).splitlines()[0][:100]})"
 
@@ -161,7 +188,7 @@ def _set_aside(file: Path) -> Path | None:
     while (aside := file.with_name(f"{file.name}.corrupt-{number}")).exists():
         number += 1
     os.rename(file, aside)
-    for end in ("-journal", "-wal", "-shm"):
+    for end in _BESIDE:
         leftover = file.with_name(file.name + end)
         if leftover.exists():
             shutil.move(leftover, aside.with_name(aside.name + end))
@@ -174,19 +201,15 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
 
 def _replay(study: optuna.Study, kept: Mapping[int, FrozenTrial]) -> None:
     """Add the ledger's trials under their old numbers."""
-    for number in range(max(kept) + 1):
+    for number in range(max(kept, default=-1) + 1):
         # A trial that was running or waiting leaves a gap; its number must not be given again.
         study.add_trial(kept.get(number) or optuna.create_trial(state=TrialState.FAIL))
 
 
-def append_to_ledger(ledger: Path, trial: FrozenTrial) -> None:
-    """Write a finished trial down, on the disk when this returns.
-
-    Raises:
-        StorageError: EQ-6304, if there is no space.
-    """
+def _text_of(trial: FrozenTrial, number: int) -> str:
+    """A finished trial as one line of text, equal for equal trials."""
     entry = {
-        "number": trial.number,
+        "number": number,
         "state": trial.state.name,
         "values": trial.values,
         "params": trial.params,
@@ -196,7 +219,16 @@ def append_to_ledger(ledger: Path, trial: FrozenTrial) -> None:
         "user_attrs": trial.user_attrs,
         "system_attrs": trial.system_attrs,
     }
-    text = json.dumps(entry, separators=(",", ":"), sort_keys=True)
+    return json.dumps(entry, separators=(",", ":"), sort_keys=True)
+
+
+def append_to_ledger(ledger: Path, trial: FrozenTrial) -> None:
+    """Write a finished trial down, on the disk when this returns.
+
+    Raises:
+        StorageError: EQ-6304, if there is no space.
+    """
+    text = _text_of(trial, trial.number)
     line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
     try:
         with ledger.open("ab", buffering=0) as file:
@@ -298,11 +330,12 @@ def open_database(url: str, name: str, *, create: bool) -> optuna.Study:
 
 def hidden(url: str) -> str:
     """A URL without its password."""
-    head, at, tail = url.rpartition("@")
+    head, at, tail = _SECRET.sub(r"\1***", url).rpartition("@")
     if not at:
-        return url
-    scheme, slashes, user = head.partition("://")
-    return f"{scheme}{slashes}{user.partition(':')[0]}@{tail}"
+        return tail
+    found = _USER.match(head)
+    assert found is not None, "both parts may be empty"
+    return f"{found['before'] or ''}{found['user']}@{tail}"
 
 
 @contextlib.contextmanager
@@ -320,11 +353,17 @@ def storage_errors(where: str | Path) -> Iterator[None]:
     except ArgumentError as problem:
         raise StorageError(
             "EQ-6304",
-            f"no URL of a database: {problem}",
+            "no URL of a database",
             path=where,
             hint="e.g. postgresql+psycopg://user@host/database",
         ) from problem
-    except (SQLAlchemyError, AssertionError, RuntimeError, sqlite3.DatabaseError) as problem:
+    except (
+        SQLAlchemyError,
+        StorageInternalError,
+        AssertionError,
+        RuntimeError,
+        sqlite3.DatabaseError,
+    ) as problem:
         raise _translated(problem, where) from problem
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from edgeqdm.errors import InputError, NumericalError, StorageError
+from edgeqdm.errors import EdgeqdmError, InputError, NumericalError, StorageError
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.profile.predict import LatencyModel, StorageModel
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
@@ -125,16 +127,38 @@ class Objective:
         if twin is not None:
             trial.set_user_attr("same_as", twin.number)
         else:
-            quantized = self.judge.quantized(space.plan(candidate))
+            quantized = self._quantized(candidate)
             for rung in self.rungs:
-                images = range(len(found), rung)
-                found += [float(db) for db in self.judge.image_sqnr_db(quantized, images)]
+                found += self._judged(quantized, range(len(found), rung))
                 if rung != self.rungs[-1] and _beaten(price.latency_us / 1e3, found, others):
                     trial.set_user_attr("pruned", f"beaten on {rung} images")
                     trial.set_user_attr("image_db", found)
                     raise optuna.TrialPruned
         trial.set_user_attr("image_db", found)
         return price.latency_us / 1e3, float(np.mean(found))
+
+    def _quantized(self, candidate: Candidate) -> QuantizedDenoiser:
+        with _drawing():
+            return self.judge.quantized(self.pricing.space.plan(candidate))
+
+    def _judged(self, quantized: QuantizedDenoiser, images: range) -> list[float]:
+        with _drawing():
+            found = [float(db) for db in self.judge.image_sqnr_db(quantized, images)]
+        if not np.all(np.isfinite(found)):
+            raise NumericalError("EQ-5622", f"objectives are not finite: image SQNR {found}")
+        return found
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """Whatever one plan breaks on fails its trial, and no more than that."""
+    try:
+        yield
+    except (EdgeqdmError, MemoryError, OSError):
+        raise
+    except Exception as problem:
+        message = f"the plan cannot be drawn: {type(problem).__name__}: {problem}"
+        raise NumericalError("EQ-5623", message) from problem
 
 
 def suggest(trial: optuna.Trial, space: SearchSpace) -> Candidate:
@@ -200,7 +224,7 @@ def unknown_sampler(name: str) -> InputError:
 
 
 class NumberedSampler(BaseSampler):
-    """Another sampler for every trial, seeded by the trial's number.
+    """Another sampler for every trial, seeded by the trial's number, and for every parameter.
 
     A search that is interrupted proposes the same as one that is not, because nothing is carried
     from trial to trial but what the study stores.
@@ -215,12 +239,16 @@ class NumberedSampler(BaseSampler):
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if self._latest is None or self._latest[0] != trial.number:
-            text = f"{self._seed} {trial.number}".encode()
-            seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._latest = trial.number, self._make(seed=seed)
+            self._latest = trial.number, self._seeded(trial)
         return self._latest[1]
+
+    def _seeded(self, trial: FrozenTrial, param_name: str = "") -> BaseSampler:
+        text = f"{self._seed} {trial.number} {param_name}".encode()
+        seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            made: BaseSampler = self._make(seed=seed)
+        return made
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -233,7 +261,7 @@ class NumberedSampler(BaseSampler):
         trial: FrozenTrial,
         search_space: dict[str, BaseDistribution],
     ) -> dict[str, Any]:
-        return self._of(trial).sample_relative(study, trial, search_space)
+        return self._of(trial).sample_relative(_without(study, trial), trial, search_space)
 
     def sample_independent(
         self,
@@ -242,7 +270,10 @@ class NumberedSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+        # A trial that is run again has some of its parameters: what the others get must not depend
+        # on how many were drawn before them.
+        sampler = self._seeded(trial, param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         self._of(trial).before_trial(study, trial)
@@ -255,6 +286,20 @@ class NumberedSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         self._of(trial).after_trial(study, trial, state, values)
+
+
+def _without(study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
+    """The study as a trial sees it that is run again: its first attempt is no other trial.
+
+    GPSampler writes its proposal into the trial and keeps away from those of running trials.
+    """
+    view = copy.copy(study)
+
+    def others(*args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return [t for t in study._get_trials(*args, **kwargs) if t.number != trial.number]
+
+    view._get_trials = others  # type: ignore[method-assign]
+    return view
 
 
 def prepare(
@@ -286,9 +331,14 @@ def check_fingerprint(
 ) -> None:
     """Raise StorageError EQ-6310 unless the study's trials depend on the same things."""
     stored = study.user_attrs.get(FINGERPRINT)
-    if stored is None and not required:
-        return
-    stored = stored or {}
+    if stored is not None or required:
+        check_same(stored or {}, fingerprint, study.study_name)
+
+
+def check_same(
+    stored: Mapping[str, str], fingerprint: Mapping[str, str], where: str | Path
+) -> None:
+    """Raise StorageError EQ-6310 unless two fingerprints are equal; names what differs."""
     names = [*stored, *(name for name in fingerprint if name not in stored)]
     differing = [name for name in names if stored.get(name) != fingerprint.get(name)]
     if differing:
@@ -298,9 +348,9 @@ def check_fingerprint(
         )
         raise StorageError(
             "EQ-6310",
-            f"the study was made for something else: {told}",
-            path=study.study_name,
-            hint="give what it was made for, or start another study in a new folder",
+            f"the search was made for something else: {told}",
+            path=where,
+            hint="give what it was made for, or start another search in a new folder",
         )
 
 
@@ -367,23 +417,34 @@ class Owner:
             trial.set_user_attr("reason", f"the process died {MAX_ATTEMPTS} times over it")
             return self._tell(trial, TrialState.FAIL, None)
         try:
-            values = self.objective(trial)
+            values = _with_reason(self.objective)(trial)
         except optuna.TrialPruned:
             return self._tell(trial, TrialState.PRUNED, None)
-        except NumericalError as error:
-            trial.set_user_attr("reason", str(error))
+        except NumericalError:
             return self._tell(trial, TrialState.FAIL, None)
         return self._tell(trial, TrialState.COMPLETE, values)
 
     def _tell(
         self, trial: optuna.Trial, state: TrialState, values: tuple[float, float] | None
     ) -> FrozenTrial:
-        if values is not None and not np.all(np.isfinite(values)):
-            trial.set_user_attr("reason", f"objectives are {values}")
-            state, values = TrialState.FAIL, None
         found = self.study.tell(trial, values, state=state)
         append_to_ledger(self.ledger, found)
         return found
+
+
+def _with_reason(
+    objective: Callable[[optuna.Trial], tuple[float, float]],
+) -> Callable[[optuna.Trial], tuple[float, float]]:
+    """The objective, which leaves the reason in a trial that fails."""
+
+    def judged(trial: optuna.Trial) -> tuple[float, float]:
+        try:
+            return objective(trial)
+        except NumericalError as error:
+            trial.set_user_attr("reason", str(error))
+            raise
+
+    return judged
 
 
 def check_failures(study: optuna.Study) -> None:
@@ -412,13 +473,14 @@ def work_on(
     One trial at a time through `study.optimize`: only there does Optuna beat the heart and take
     trials of dead workers up again.
     """
-    idle = 0
-    with storage_errors(study.study_name):
+    idle, judged = 0, _with_reason(objective)
+    with storage_errors(study.study_name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
         while (done := n_complete(study)) < target and idle < MAX_IDLE:
             if progress is not None:
                 progress(done, target)
-            study.optimize(objective, n_trials=1, catch=(NumericalError,))
+            study.optimize(judged, n_trials=1, catch=(NumericalError,))
             idle = 0 if n_complete(study) > done else idle + 1
             check_failures(study)
         optuna.storages.fail_stale_trials(study)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from edgeqdm.ir.precision import FP32, Precision
 from edgeqdm.ir.sensitivity import SensitivityReport
-from edgeqdm.search.exact import Additive, fastest_us, optimum, slowest_us
+from edgeqdm.profile.predict import input_form
+from edgeqdm.search.exact import Additive, Shared, fastest, optimum, slowest_us
 from edgeqdm.search.space import Candidate, SearchSpace
 from edgeqdm.search.study import Limits, Pricing
 
 LEAST_RUNGS, MOST_RUNGS = 6, 48
-NEVER = 1e6
-"""Damage of a precision that was not measured: larger than any that was."""
+PHASE_GAIN = 0.1
+"""Of the damage, that one more phase must take away to be worth its weights."""
 
 
 def ladder(
@@ -27,24 +30,27 @@ def ladder(
 ) -> list[tuple[str, Candidate]]:
     """Candidates to begin with, each with where it comes from, no two alike.
 
-    The plan by rule's precision and every other one alone; then, for every number of phases and
-    `n` budgets between the fastest plan and the one of least damage, the candidate of least total
-    damage. Phases begin where the ranges of the sensitivities begin.
+    Every precision alone; then, for `n` budgets between the fastest plan and the one of least
+    damage, the candidate of least total damage, of as many phases as are worth it (`PHASE_GAIN`).
+    Phases begin where the ranges of the sensitivities begin.
     """
     space = pricing.space
     found: dict[Candidate, str] = {}
     for precision in _precisions(space):
         found.setdefault(space.uniform(precision).merged(), f"uniform {precision}")
-    for n_phases in range(1, space.max_phases + 1):
-        for budget, candidate in _optima(pricing, sensitivity, limits, n, n_phases):
-            told = f"additive optimum, {n_phases} phases, {budget / 1e3:.3f} ms"
-            found.setdefault(candidate.merged(), told)
+    for budget, candidate in _optima(pricing, sensitivity, limits, n):
+        told = f"additive optimum, {_phases(len(candidate.starts))}, {budget / 1e3:.3f} ms"
+        found.setdefault(candidate.merged(), told)
     return [(origin, candidate) for candidate, origin in found.items()]
 
 
-def rungs_for(trials: int, phases: int) -> int:
+def _phases(n: int) -> str:
+    return "1 phase" if n == 1 else f"{n} phases"
+
+
+def rungs_for(trials: int) -> int:
     """Budgets of a ladder that leaves half of the trials to the search."""
-    return max(LEAST_RUNGS, min(MOST_RUNGS, trials // (2 * phases)))
+    return max(LEAST_RUNGS, min(MOST_RUNGS, trials // 2))
 
 
 def _precisions(space: SearchSpace) -> list[Precision]:
@@ -54,8 +60,7 @@ def _precisions(space: SearchSpace) -> list[Precision]:
 def fastest_plan_us(pricing: Pricing) -> float:
     """Predicted latency of the fastest plan of a space."""
     space = pricing.space
-    model = additive(pricing, None, (0,))
-    choices = [int(np.argmin(each)) for each in model.latency_us]
+    choices = fastest(additive(pricing, None, (0,)))
     mine = tuple(g.choices[c] for g, c in zip(space.groups, choices, strict=True))
     return pricing.price(Candidate((0,), (mine,))).latency_us
 
@@ -75,7 +80,7 @@ def additive(
     """The additive model of a space for phases that start at given steps.
 
     A range of steps that two phases share counts in each by its share. Without sensitivities all
-    damage is 0.
+    damage is 0; with them, that of a precision which was not measured is infinite.
     """
     space = pricing.space
     stops = (*starts[1:], space.n_steps)
@@ -95,84 +100,117 @@ def additive(
                 continue
             measured = known.get((layer, precision))
             if measured is None:
-                return NEVER
+                return math.inf
             total += sum(
                 value * max(0, min(stop, r.stop) - max(start, r.start)) / (r.stop - r.start)
                 for value, r in zip(measured, ranges, strict=True)
             )
         return total
 
-    def summed(kind: int) -> list[np.ndarray]:
-        return [
-            np.array(
-                [
-                    sum(
-                        _layer_cost(pricing, layer, space.layer_precision(layer, c))[kind]
-                        for layer in group.layers
-                    )
-                    for c in group.choices
-                ]
+    users, shared = _shared(pricing)
+    stored = [
+        [
+            sum(
+                pricing.storage.layer_bytes(layer, space.layer_precision(layer, choice))[0]
+                for layer in group.layers
             )
-            for group in space.groups
+            for choice in group.choices
         ]
-
+        for group in space.groups
+    ]
     return Additive(
         damage=[
             [np.array([damage(g.layers, c, a, b) for c in g.choices]) for g in space.groups]
             for a, b in phases
         ],
-        latency_us=summed(0),
-        disk_bytes=summed(1),
+        latency_us=users,
+        disk_bytes=[np.array(each, np.float64) for each in stored],
         shares=[(b - a) / space.n_steps for a, b in phases],
+        shared=shared,
     )
 
 
-def _layer_cost(pricing: Pricing, layer: str, precision: Precision) -> tuple[float, float]:
-    return (
-        pricing.latency.layer_us(layer, precision),
-        float(pricing.storage.layer_bytes(layer, precision)[0]),
-    )
+def _shared(pricing: Pricing) -> tuple[list[np.ndarray], list[Shared]]:
+    """Latencies of the groups' choices, and what layers that are fed the same tensor share.
+
+    An entry of the profile counts the quantization of the layer's input; a graph does it once for
+    all that need it alike, so it is taken off each of them and told as a cost of its own.
+    """
+    space = pricing.space
+    once = {
+        layer: (number, pricing.latency.quantize_once_us(names))
+        for number, names in enumerate(space.network.siblings)
+        for layer in names
+    }
+    users: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
+    own: list[np.ndarray] = []
+    for g, group in enumerate(space.groups):
+        own.append(np.zeros(len(group.choices)))
+        for (c, choice), layer in itertools.product(enumerate(group.choices), group.layers):
+            precision = space.layer_precision(layer, choice)
+            own[g][c] += pricing.latency.layer_us(layer, precision)
+            form = input_form(precision)
+            if layer in once and form is not None:
+                number, us = once[layer]
+                own[g][c] -= us
+                users.setdefault((number, us, form), set()).add((g, c))
+    return own, [Shared(us, frozenset(each)) for (_, us, _), each in users.items()]
 
 
 def _optima(
-    pricing: Pricing, sensitivity: SensitivityReport, limits: Limits, n: int, n_phases: int
+    pricing: Pricing, sensitivity: SensitivityReport, limits: Limits, n: int
 ) -> list[tuple[float, Candidate]]:
-    space = pricing.space
     inner = [r.start for r in sensitivity.ranges[1:]]
-    models = [
-        additive(pricing, sensitivity, (0, *cut))
-        for cut in itertools.combinations(inner, n_phases - 1)
+    by_phases = [
+        [
+            ((0, *cut), additive(pricing, sensitivity, (0, *cut)))
+            for cut in itertools.combinations(inner, n_phases - 1)
+        ]
+        for n_phases in range(1, min(pricing.space.max_phases, len(inner) + 1) + 1)
     ]
-    cuts = list(itertools.combinations(inner, n_phases - 1))
-    if not models:
-        return []
-    # What no choice changes: layers outside the space and everything that is no layer.
-    fixed = _fixed_costs(pricing)
-    least, most = fastest_us(models[0]), max(slowest_us(model) for model in models)
+    ((_, alone),) = by_phases[0]
+    fixed = fastest_plan_us(pricing) - alone.cost([fastest(alone)])[1]
+    least = alone.cost([fastest(alone)])[1]
+    most = max(slowest_us(model) for models in by_phases for _, model in models)
     if limits.latency_us is not None:
-        most = min(most, limits.latency_us - fixed[0])
+        most = min(most, limits.latency_us - fixed)
     if most < least:
-        return []
-    room = None if limits.disk_bytes is None else limits.disk_bytes - fixed[1]
-    if room is not None and room <= 0:
         return []
     found = []
     for budget in _budgets(least, most, n):
         best: tuple[float, Candidate] | None = None
-        for cut, model in zip(cuts, models, strict=True):
-            choices = optimum(model, budget_us=float(budget), max_bytes=room)
-            if choices is None:
-                continue
-            damage = model.cost(choices)[0]
-            precisions = tuple(
-                tuple(g.choices[c] for g, c in zip(space.groups, mine, strict=True))
-                for mine in choices
-            )
-            if best is None or damage < best[0]:
-                best = damage, Candidate((0, *cut), precisions)
+        for models in by_phases:
+            mine = _least_damage(pricing, models, budget, limits.disk_bytes)
+            if mine is not None and (best is None or mine[0] < (1 - PHASE_GAIN) * best[0]):
+                best = mine
         if best is not None:
-            found.append((float(budget) + fixed[0], best[1]))
+            found.append((budget + fixed, best[1]))
     return found
+
+
+def _least_damage(
+    pricing: Pricing,
+    models: Sequence[tuple[tuple[int, ...], Additive]],
+    budget_us: float,
+    max_bytes: int | None,
+) -> tuple[float, Candidate] | None:
+    """The best optimum of models with as many phases; its damage and the candidate."""
+    best: tuple[float, Candidate] | None = None
+    for starts, model in models:
+        room = None if max_bytes is None else max_bytes - _bytes_beside(pricing, len(starts))
+        if room is not None and room <= 0:
+            continue
+        choices = optimum(model, budget_us=budget_us, max_bytes=room)
+        if choices is None:
+            continue
+        damage = model.cost(choices)[0]
+        if best is None or damage < best[0]:
+            groups = pricing.space.groups
+            precisions = tuple(
+                tuple(g.choices[c] for g, c in zip(groups, mine, strict=True)) for mine in choices
+            )
+            best = damage, Candidate(starts, precisions)
+    return best
 
 
 def _budgets(least: float, most: float, n: int) -> list[float]:
@@ -181,18 +219,14 @@ def _budgets(least: float, most: float, n: int) -> list[float]:
     return [float(b) * (1 + 1e-9) for b in least + (most - least) * np.linspace(0, 1, n) ** 2]
 
 
-def _fixed_costs(pricing: Pricing) -> tuple[float, float]:
-    """Latency and bytes of everything that is in no group."""
-    space = pricing.space
-    probe = space.uniform(FP32)
-    price = pricing.price(probe)
-    (mine,) = probe.precisions
-    parts = [
-        _layer_cost(pricing, layer, space.layer_precision(layer, choice))
-        for group, choice in zip(space.groups, mine, strict=True)
+def _bytes_beside(pricing: Pricing, n_phases: int) -> int:
+    """Of a package of so many phases, what is no weight of a group."""
+    space, storage = pricing.space, pricing.storage
+    (choices,) = space.uniform(FP32).precisions
+    probe = space.assignment(choices)
+    mine = sum(
+        storage.layer_bytes(layer, probe[layer])[0]
+        for group in space.groups
         for layer in group.layers
-    ]
-    return (
-        price.latency_us - sum(latency for latency, _ in parts),
-        price.disk_bytes - sum(stored for _, stored in parts),
     )
+    return storage.predict_bytes([probe] * n_phases)[0] - mine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from edgeqdm.search.exact import (
     GAP,
     Additive,
+    Shared,
     Values,
-    fastest_us,
+    fastest,
     least_damage,
     optimum,
     slowest_us,
 )
-from edgeqdm.search.warm import NEVER
 
 TOLERANCE = 1e-6
 """By which HiGHS may break a constraint of size 1."""
@@ -49,6 +49,9 @@ def try_all(model: Additive) -> Everything:
     offsets = np.cumsum([0, *widths[:-1]])
     used = (1 << (row + offsets)).sum(1)
     latency = np.sum([model.latency_us[g][row[:, g]] for g in groups], 0)
+    for each in model.shared:
+        called = np.any([row[:, g] == c for g, c in each.users], 0)
+        latency = latency + each.us * called
     damage, total, masks = np.zeros(1), np.zeros(1), np.zeros(1, np.int64)
     for p, phase in enumerate(model.damage):
         mine = np.sum([phase[g][row[:, g]] for g in groups], 0)
@@ -64,7 +67,7 @@ small = st.integers(0, 20).map(float)
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Additive:
+def models(draw: st.DrawFn, *, shared: bool = True) -> Additive:
     """1-3 phases, 2-4 groups, 2-3 choices; latencies and bytes are whole numbers."""
     widths = draw(st.lists(st.integers(2, 3), min_size=2, max_size=4))
     steps = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3))
@@ -73,16 +76,24 @@ def models(draw: st.DrawFn) -> Additive:
         return np.array(draw(st.lists(each, min_size=width, max_size=width)))
 
     cost = st.integers(1, 30).map(float)
+    every = [(g, c) for g, width in enumerate(widths) for c in range(width)]
+    users = st.frozensets(st.sampled_from(every), min_size=1)
     return Additive(
         damage=[[values(small, width) for width in widths] for _ in steps],
         latency_us=[values(cost, width) for width in widths],
         disk_bytes=[values(cost, width) for width in widths],
         shares=[n / sum(steps) for n in steps],
+        shared=draw(st.lists(st.builds(Shared, cost, users), max_size=3)) if shared else (),
     )
+
+
+def fastest_us(model: Additive) -> float:
+    return model.cost([fastest(model)] * model.n_phases)[1]
 
 
 def budget_between(model: Additive, share: float) -> float:
     most = sum(float(latency.max()) for latency in model.latency_us)
+    most += sum(each.us for each in model.shared)
     return fastest_us(model) + share * (most - fastest_us(model)) + 1e-4
 
 
@@ -127,9 +138,9 @@ def test_more_time_never_means_more_damage(
         assert model.cost(loose)[0] <= model.cost(tight)[0] * (1 + GAP) + 1e-9
 
 
-@pytest.mark.parametrize("largest", [1.0, 1e3, NEVER])
+@pytest.mark.parametrize("largest", [1.0, 1e3, 1e6, np.inf])
 def test_one_large_damage_does_not_blur_the_small_ones(largest: float) -> None:
-    """A precision that was not measured counts as `NEVER`; damages that matter are 1e-6 to 1e-2."""
+    """A precision that was not measured does infinite damage; others do 1e-6 to 1e-2."""
     generator = np.random.default_rng(0)
     for _ in range(10):
         damage = 10 ** generator.uniform(-6, -2, (2, 4, 3))
@@ -163,10 +174,14 @@ def test_without_a_limit_the_optimum_is_the_least_damage(model: Additive) -> Non
 
 
 @given(models())
-def test_the_fastest_and_the_slowest_bound_what_a_budget_buys(model: Additive) -> None:
-    everything = try_all(model)
+def test_nothing_is_faster_than_the_fastest(model: Additive) -> None:
     # Shares of thirds and sevenths do not add up to 1 in binary.
-    assert fastest_us(model) == pytest.approx(everything.latency_us.min())
+    assert fastest_us(model) == pytest.approx(try_all(model).latency_us.min())
+
+
+@given(models(shared=False))
+def test_the_slowest_is_the_fastest_of_least_damage(model: Additive) -> None:
+    everything = try_all(model)
     least = everything.damage.min()
     best = everything.latency_us[everything.damage <= least + 1e-9].min()
     assert slowest_us(model) == pytest.approx(best)
@@ -216,3 +231,22 @@ def test_no_damage_at_all_is_no_division_by_0() -> None:
     model = one_phase([[0.0, 0.0], [0.0, 0.0]], [[10.0, 4.0], [10.0, 5.0]])
     found = optimum(model, budget_us=9.0)
     assert found == [[1, 1]]
+
+
+def test_what_two_layers_share_is_paid_once() -> None:
+    """Alone, neither is faster at its second choice; together they are."""
+    both = frozenset({(0, 1), (1, 1)})
+    model = replace(
+        one_phase([[0.0, 1.0], [0.0, 1.0]], [[10.0, 4.0], [10.0, 5.0]]), shared=[Shared(8.0, both)]
+    )
+    assert fastest(model) == [1, 1]
+    assert model.cost([[1, 0]])[1] == 22.0
+    assert model.cost([[1, 1]])[1] == 17.0
+    assert optimum(model, budget_us=19.9) == [[1, 1]]
+    assert optimum(model, budget_us=16.9) is None
+
+
+def test_what_was_not_measured_is_not_chosen_at_any_price() -> None:
+    model = one_phase([[0.0, np.inf], [0.0, 1.0]], [[10.0, 4.0], [10.0, 5.0]])
+    assert optimum(model, budget_us=15.0) == [[0, 1]]
+    assert optimum(model, budget_us=14.0) is None

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,13 +80,24 @@ def trials_of(study: optuna.Study) -> list[tuple[object, ...]]:
     return [told_of(trial) for trial in study.get_trials()]
 
 
+def quick_folder() -> tempfile.TemporaryDirectory[str]:
+    """In memory where it can be: SQLite waits for a disk several times per trial."""
+    shared = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished() -> Iterator[Path]:
     """A folder of 8 complete trials, and 7 that are pruned or failed."""
-    folder = tmp_path_factory.mktemp("search") / "finished"
-    folder.mkdir()
-    go_on(folder, TRIALS)
-    return folder
+    with quick_folder() as folder:
+        go_on(Path(folder), TRIALS)
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -211,12 +223,9 @@ def test_any_trial_comes_back_from_the_ledger(
         user_attrs={"reason": text, "image_db": image_db},
     )
     trial.number = 5
-    ledger = Path(os.environ.get("TMPDIR", "/tmp")) / f"ledger-{os.getpid()}.jsonl"
-    try:
-        append_to_ledger(ledger, trial)
-        (found,) = read_ledger(ledger).items()
-    finally:
-        ledger.unlink(missing_ok=True)
+    with quick_folder() as folder:
+        append_to_ledger(Path(folder) / LEDGER, trial)
+        (found,) = read_ledger(Path(folder) / LEDGER).items()
     assert found[0] == 5
     # NaN differs from itself, but not as text.
     for name in ("state", "values", "params", "distributions", "system_attrs"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +132,18 @@ def enqueue(study: optuna.Study, *candidates: Candidate) -> None:
 def params_of(study: optuna.Study) -> list[dict[str, Any]]:
     """By number."""
     return [trial.params for trial in study.get_trials(deepcopy=False)]
+
+
+def quick_folder() -> tempfile.TemporaryDirectory[str]:
+    """In memory where it can be: SQLite waits for a disk several times per trial."""
+    shared = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

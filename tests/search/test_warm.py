@@ -176,12 +176,15 @@ def test_optima_keep_the_limits(tie: bool, share: float | None, disk_share: floa
         None if share is None else fastest + share * (most.latency_us - fastest),
         None if disk_share is None else int(smallest + disk_share * (most.disk_bytes - smallest)),
     )
-    found = optima(ladder(pricing, REPORT, limits=limits, n=RUNGS))
-    assert found
-    for candidate in found:
+
+    def keeps(candidate: Candidate) -> bool:
         price = pricing.price(candidate)
-        assert limits.latency_us is None or price.latency_us <= limits.latency_us
-        assert limits.disk_bytes is None or price.disk_bytes <= limits.disk_bytes
+        fast = limits.latency_us is None or price.latency_us <= limits.latency_us
+        return fast and (limits.disk_bytes is None or price.disk_bytes <= limits.disk_bytes)
+
+    found = ladder(pricing, REPORT, limits=limits, n=RUNGS)
+    assert any(keeps(candidate) for _, candidate in found)
+    assert all(keeps(candidate) for candidate in optima(found))
 
 
 @pytest.mark.parametrize("n_phases", [1, 2])
@@ -297,8 +300,7 @@ def test_a_precision_that_was_not_measured_is_chosen_last() -> None:
 
 
 @pytest.mark.parametrize("trials", [1, 20, 200, 2000])
-@pytest.mark.parametrize("phases", [1, 3])
-def test_half_of_many_trials_are_left_to_the_search(trials: int, phases: int) -> None:
-    rungs = rungs_for(trials, phases)
+def test_half_of_many_trials_are_left_to_the_search(trials: int) -> None:
+    rungs = rungs_for(trials)
     assert rungs >= 1
-    assert trials < 40 or rungs * phases <= trials / 2
+    assert trials < 20 or rungs <= trials / 2

@@ -7,8 +7,9 @@ Every method may draw the same number of images and is judged by the hypervolume
 predicted latency against mean image SQNR, up to the float network's latency and down to
 `LEAST_DB`. `uniform` is one precision for all layers; `greedy` lowers precisions in the order of
 their measured damage, as automatic mixed precision in AIMET does; `random` and `cold` are Optuna's
-RandomSampler and TPESampler without a start; `search` is what `edgeqdm search` does, with one phase
-and with up to three. `greedy` and `search` use sensitivities, whose cost is told apart, in images.
+RandomSampler and TPESampler without a start; `ladder` is the optima of the additive model alone;
+`search` is what `edgeqdm search` does, with one phase and with up to three. `greedy`, `ladder` and
+`search` use sensitivities, whose cost is told apart, in images.
 
 A seed decides the noise of the images and the sampler; calibration and sensitivities are shared.
 Finished runs in the file are not repeated. `remeasure` emits plans and measures them on this
@@ -52,7 +53,7 @@ from edgeqdm.search.study import Limits, NumberedSampler, Objective, Pricing, fr
 from edgeqdm.search.warm import additive, ladder, rungs_for
 
 MODELS = ("unet-fmnist", "dit-fmnist")
-METHODS = ("uniform", "greedy", "random", "cold", "search", "search, 3 phases")
+METHODS = ("uniform", "greedy", "random", "cold", "ladder", "search", "search, 3 phases")
 LEAST_DB = 20.0
 RUNGS = (4, 16)
 STEPS = 20
@@ -124,7 +125,7 @@ def starts_of(
         return [*uniform, *greedy(pricing, damage, trials - len(uniform))]
     if method in ("random", "cold"):
         return []
-    n = rungs_for(trials, pricing.space.max_phases)
+    n = trials - len(uniform) if method == "ladder" else rungs_for(trials)
     return [candidate for _, candidate in ladder(pricing, damage, limits=Limits(), n=n)]
 
 
@@ -149,7 +150,7 @@ def run_method(
     study.sampler = NumberedSampler(sampler, seed)
     for candidate in starts:
         study.enqueue_trial(space.params(candidate))
-    fixed = method in ("uniform", "greedy")
+    fixed = method in ("uniform", "greedy", "ladder")
     while judge.images < trials * RUNGS[-1] and not (
         fixed and len(study.trials) >= len(starts) and not _waiting(study)
     ):
