@@ -472,7 +472,7 @@ def test_finetuning_keeps_plan_and_blocks_and_loses_nothing() -> None:
 
 
 def test_finetuning_with_temporal_networks_gives_a_generator() -> None:
-    settings = FinetuneSettings(iterations=40, batch=16, temporal=True, lr_weight=3e-3)
+    settings = FinetuneSettings(iterations=200, batch=16, temporal=True, lr_weight=1e-4)
     found = stages.finetune(
         Quantization(quantized("w4a4")), small()[1].trajectories, settings=settings
     )

@@ -258,13 +258,14 @@ def test_table_is_no_less_exact_than_diffusers_where_alpha_bar_is_nearly_zero(
 ) -> None:
     scheduler = make()
     # alpha_bar is 2.4e-9 at the first timestep; these samplers divide by its root, 5e-5, and a
-    # float32 rounding of 6e-8 becomes 1e-3 of a unit sample in either loop.
+    # float32 rounding of 6e-8 becomes 1e-3 of a unit sample in either loop, more or less of it by
+    # how the processor rounds: diffusers' own was 1.7e-3 off on one, less than 1e-3 on others.
     program = compile_sampler(scheduler, n_steps)
     exact = run_in_float64(scheduler, program)
     error = np.abs(run_table(scheduler, program)[-1] - exact).max()
     own_error = np.abs(run_diffusers(scheduler, n_steps)[-1] - exact).max()
     assert error <= 1e-3
-    assert own_error <= 1e-3
+    assert own_error <= 5e-3
 
 
 @settings(max_examples=15, deadline=None)
