@@ -21,7 +21,7 @@ from edgeqdm.cli_options import (
 from edgeqdm.cli_output import Output, pareto_table, stage, verification_value
 
 if TYPE_CHECKING:
-    from edgeqdm.recipe import Optimized
+    from edgeqdm.optimize import Optimized
 
 
 def optimize(
@@ -51,10 +51,11 @@ def optimize(
     output = Output(as_json, quiet, verbose)
     with output.working() as progress:
         progress("load", 0, 1)
-        from edgeqdm import recipe as recipes
+        from edgeqdm.optimize import optimize as run
+        from edgeqdm.recipe import read_recipe
 
-        found = recipes.optimize(
-            recipes.read_recipe(recipe, override or ()),
+        found = run(
+            read_recipe(recipe, override or ()),
             conditioning=conditioning,
             online=online,
             force=force,

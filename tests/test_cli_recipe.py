@@ -17,7 +17,8 @@ from edgeqdm.ir.codec import dump_record, read_record
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.profile import Flag, LatencyProfile, sealed_profile
 from edgeqdm.ir.search import ParetoReport
-from edgeqdm.recipe import Recipe, optimize, read_recipe
+from edgeqdm.optimize import optimize
+from edgeqdm.recipe import Recipe, read_recipe
 from edgeqdm.testing.tiny import UNET_CONFIG, build_network, write_pipeline
 
 SMALL_UNET = UNET_CONFIG | {

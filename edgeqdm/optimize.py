@@ -1,0 +1,261 @@
+"""What runs a recipe, all of it in its folder, so that each stage goes on where it stopped:
+
+profile -> search -> emit -> verify
+
+profile.json   latencies of this host, and kept-profile/ until they are measured
+search/        see `edgeqdm.searching`
+package/       what is deployed
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeqdm import pipeline, searching, tuning
+from edgeqdm.backends import check_backend_name
+from edgeqdm.cli_inputs import load_model
+from edgeqdm.emit.verify import Verification
+from edgeqdm.emit.writer import check_destination
+from edgeqdm.errors import EdgeqdmError, InputError, VerifyError
+from edgeqdm.ir.codec import read_record
+from edgeqdm.ir.package import ScheduleFile
+from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.search import ParetoReport
+from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.profile.adopt import PROFILE, Adopted, read_profile
+from edgeqdm.recipe import HOST, Recipe, settings_of
+from edgeqdm.stages import Progress
+
+SEARCH, PACKAGE, KEPT_PROFILE = "search", "package", "kept-profile"
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What `optimize` made.
+
+    Attributes:
+        profile: file of the latencies, or the name of those that are shipped.
+        search: folder of the search.
+        report: the front.
+        plan: of the trial that was emitted.
+        package: folder of the package.
+        kept: the package was there already, of this very plan.
+        verification: of the package.
+    """
+
+    profile: str
+    search: Path
+    report: ParetoReport
+    plan: DeploymentPlan
+    package: Path
+    kept: bool
+    verification: Verification
+
+
+def optimize(
+    recipe: Recipe,
+    *,
+    conditioning: Path | None = None,
+    online: bool = False,
+    force: bool = False,
+    notice: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Optimized:
+    """Profile, search, emit and verify; the same call goes on.
+
+    A package that is there and was made of the same plan is only verified.
+
+    Args:
+        recipe: what to do, and where.
+        conditioning: safetensors file of embeddings, for a model that takes them.
+        online: download the model from the hub.
+        force: make the package again, even of the same plan.
+        notice: told what a user should know, one sentence each.
+        progress: told of finished work.
+
+    Raises:
+        EdgeqdmError: of the class and exit code that fits; finished stages stay.
+    """
+    out = Path(recipe.out)
+    check_backend_name(recipe.target)
+    told = notice or _untold
+    measured = recipe.profile.source != HOST or (out / PROFILE).exists()
+    adopted = _adopt(recipe, told) if measured else None
+    denoiser = _load(recipe, conditioning, online, progress)
+    check_destination(out / PACKAGE, force=True)
+    if adopted is None:
+        _measure(recipe, denoiser, _part("profile", progress))
+        adopted = _adopt(recipe, told)
+    report = _search(recipe, denoiser, adopted, told, _part("search", progress))
+    plan = searching.plan_of_trial(
+        denoiser,
+        out / SEARCH,
+        str(recipe.emit.trial),
+        storage=recipe.search.storage,
+        progress=_part("plan", progress),
+    )
+    kept = not force and _is_made(out / PACKAGE, plan, correct=recipe.emit.correct)
+    if not kept:
+        _emit(recipe, denoiser, plan, _part("emit", progress))
+    return Optimized(
+        profile=str(_profile_source(recipe)),
+        search=out / SEARCH,
+        report=report,
+        plan=plan,
+        package=out / PACKAGE,
+        kept=kept,
+        verification=_verified(out / PACKAGE, kept, progress),
+    )
+
+
+def _untold(said: str) -> None:
+    return
+
+
+def _part(name: str, progress: Progress | None) -> Progress | None:
+    """Progress of stages under names of their own: two of them measure, two of them emit."""
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
+
+
+def _load(
+    recipe: Recipe, conditioning: Path | None, online: bool, progress: Progress | None
+) -> Denoiser:
+    denoiser = load_model(
+        recipe.model,
+        scheduler=recipe.sampler.scheduler,
+        steps=recipe.sampler.steps,
+        guidance=recipe.sampler.guidance,
+        eta=recipe.sampler.eta,
+        conditioning=conditioning,
+        online=online,
+        split_skips=recipe.split_skips,
+    )
+    if progress is not None:
+        progress("load", 1, 1)
+    return denoiser
+
+
+def _profile_source(recipe: Recipe) -> str | Path:
+    asked = recipe.profile.source
+    return Path(recipe.out) / PROFILE if asked == HOST else asked
+
+
+def _again(recipe: Recipe) -> str:
+    """What to do about a profile that cannot be used."""
+    if recipe.profile.source != HOST:
+        return "name another profile"
+    return f"remove {_profile_source(recipe)} to measure again"
+
+
+def _measure(recipe: Recipe, denoiser: Denoiser, progress: Progress | None) -> None:
+    out, asked = Path(recipe.out), recipe.profile
+    tuning.profile_host(
+        denoiser,
+        out / PROFILE,
+        target=recipe.target,
+        threads=asked.threads,
+        precisions=recipe.search.precisions,
+        wholes=asked.wholes,
+        seconds=asked.seconds,
+        work=out / KEPT_PROFILE,
+        progress=progress,
+    )
+    shutil.rmtree(out / KEPT_PROFILE, ignore_errors=True)
+
+
+def _adopt(recipe: Recipe, notice: Callable[[str], None]) -> Adopted:
+    """The profile of the recipe, with hints that name what a recipe's user can do."""
+    source, asked = _profile_source(recipe), recipe.profile
+    again = _again(recipe)
+    try:
+        found = read_profile(source, target=recipe.target, accept=asked.accept_flags)
+    except InputError as error:
+        if error.code == "EQ-3522":
+            flags = ", ".join((*asked.accept_flags, error.message.rpartition("flagged ")[2]))
+            error.hint = f"{again}, or --set profile.accept_flags='[{flags}]'"
+        elif error.code in ("EQ-3520", "EQ-3521"):
+            error.hint = f"{again}, or name another `out`" if asked.source == HOST else again
+        raise
+    for warning in found.warnings:
+        notice(warning)
+    if asked.source == HOST and found.profile.threads != asked.threads:
+        notice(f"{source} is of {found.profile.threads} threads, not {asked.threads}; {again}")
+    return found
+
+
+def _search(
+    recipe: Recipe,
+    denoiser: Denoiser,
+    adopted: Adopted,
+    notice: Callable[[str], None],
+    progress: Progress | None,
+) -> ParetoReport:
+    asked, profile = recipe.search, adopted.profile
+    try:
+        settings = settings_of(
+            recipe,
+            float_ms=lambda: searching.float_ms(denoiser, profile, recipe.target, asked.precisions),
+            accepted=adopted.accepted,
+        )
+        return searching.search(
+            denoiser,
+            Path(recipe.out) / SEARCH,
+            profile,
+            settings=settings,
+            trials=asked.trials,
+            source=searching.Source(recipe.model, recipe.sampler.scheduler, recipe.split_skips),
+            storage=asked.storage,
+            study=asked.study,
+            notice=notice,
+            progress=progress,
+        )
+    except InputError as error:
+        if error.code == "EQ-3510" and recipe.profile.source == HOST:
+            error.hint = _again(recipe)
+        raise
+
+
+def _is_made(package: Path, plan: DeploymentPlan, *, correct: bool) -> bool:
+    """Whether the package was made of this plan, with or without a correction as asked."""
+    try:
+        made = read_record(package / "plan.json", DeploymentPlan)
+        schedule = read_record(package / "schedule.json", ScheduleFile)
+    except EdgeqdmError:
+        return False
+    return made == plan and (schedule.correction is not None) == correct
+
+
+def _emit(
+    recipe: Recipe, denoiser: Denoiser, plan: DeploymentPlan, progress: Progress | None
+) -> None:
+    out, asked = Path(recipe.out), recipe.search
+    pipeline.emit(
+        denoiser,
+        out / PACKAGE,
+        target=recipe.target,
+        samples=asked.samples,
+        seed=asked.seed,
+        plan=plan,
+        correction=recipe.emit.correct,
+        work=out / SEARCH / searching.KEPT,
+        # It was made by this recipe; whatever is no package is never replaced.
+        force=True,
+        progress=progress,
+    )
+
+
+def _verified(package: Path, kept: bool, progress: Progress | None) -> Verification:
+    try:
+        found = pipeline.verify(package)
+    except VerifyError as error:
+        if kept:
+            error.hint = "--force makes the package again"
+        raise
+    if progress is not None:
+        progress("verify", 1, 1)
+    return found
