@@ -49,8 +49,8 @@ def _phases(n: int) -> str:
 
 
 def rungs_for(trials: int) -> int:
-    """Budgets of a ladder that leaves half of the trials to the search."""
-    return max(LEAST_RUNGS, min(MOST_RUNGS, trials // 2))
+    """Budgets of a ladder that leaves a quarter of the trials to the search, of many more."""
+    return max(LEAST_RUNGS, min(MOST_RUNGS, trials * 3 // 4 - LEAST_RUNGS))
 
 
 def _precisions(space: SearchSpace) -> list[Precision]:

@@ -11,6 +11,7 @@ a shared machine is not equally fast at all times.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import typer
 
+import edgeqdm
 from edgeqdm import load, tuning
 from edgeqdm.backends import load_backend
 from edgeqdm.ir.precision import FP32, TABLE
@@ -56,11 +58,12 @@ def measured(
         generator=np.random.default_rng(SEED),
     )
     uniform = uniform_precisions(space.network, space.offered, tables=space.tables)
-    kit = work / f"prediction-{name}-{plans}"
+    # One operation more than the plans need: a kit has at least one.
+    entry = [(next(iter(space.network.keys.values())), FP32)]
+    request = KitRequest(entries=entry, wholes=[*uniform, *mixed])
+    key = hashlib.sha256(f"{edgeqdm.__version__} {ablation.commit()} {request}".encode())
+    kit = work / f"prediction-{name}-{key.hexdigest()[:16]}"
     if not (kit / KIT).is_file():
-        # One operation more than the plans need: a kit has at least one.
-        entry = [(next(iter(space.network.keys.values())), FP32)]
-        request = KitRequest(entries=entry, wholes=[*uniform, *mixed])
         make_kit(denoiser, load_backend(profile.target), request, kit)
     for old in kit.glob("results-*.jsonl"):
         old.unlink()

@@ -38,6 +38,7 @@ from edgeqdm import load, pipeline, searching
 from edgeqdm.backends import load_backend
 from edgeqdm.bench.compare import Variant, compare, folder_bytes
 from edgeqdm.emit import playback
+from edgeqdm.emit.writer import write_file_atomically
 from edgeqdm.errors import NumericalError
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, Precision
@@ -49,7 +50,15 @@ from edgeqdm.profile.requests import DEFAULT_PRECISIONS
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 from edgeqdm.search.evaluate import Decibels, Evaluator, pooled_db
 from edgeqdm.search.space import Candidate
-from edgeqdm.search.study import Limits, NumberedSampler, Objective, Pricing, front, hypervolume
+from edgeqdm.search.study import (
+    MAX_IDLE,
+    Limits,
+    NumberedSampler,
+    Objective,
+    Pricing,
+    front,
+    hypervolume,
+)
 from edgeqdm.search.warm import additive, ladder, rungs_for
 
 MODELS = ("unet-fmnist", "dit-fmnist")
@@ -58,6 +67,8 @@ LEAST_DB = 20.0
 RUNGS = (4, 16)
 STEPS = 20
 SLOWER = 1.05
+SHARES = (0.5, 0.52, 0.55, 0.6, 0.7)
+"""Of the float network's latency, that fronts are compared at."""
 app = typer.Typer()
 
 
@@ -104,11 +115,13 @@ def greedy(pricing: Pricing, damage: SensitivityReport, n: int) -> list[Candidat
         for c in range(len(group.choices))
     )
     current = [group.choices.index(FP32) for group in space.groups]
-    points = []
+    points, fastest = [], pricing.price(space.uniform(FP32)).latency_us
     for _, g, c in moves:
-        if model.latency_us[g][c] < model.latency_us[g][current[g]]:
-            current[g] = c
-            chosen = tuple(group.choices[k] for group, k in zip(space.groups, current, strict=True))
+        tried = [*current[:g], c, *current[g + 1 :]]
+        chosen = tuple(group.choices[k] for group, k in zip(space.groups, tried, strict=True))
+        latency = pricing.price(Candidate((0,), (chosen,))).latency_us
+        if latency < fastest:
+            current, fastest = tried, latency
             points.append(Candidate((0,), (chosen,)))
     places = np.linspace(0, len(points) - 1, min(n, len(points))).round().astype(int)
     return [points[k] for k in dict.fromkeys(places.tolist())]
@@ -122,10 +135,10 @@ def starts_of(
     if method == "uniform":
         return uniform
     if method == "greedy":
-        return [*uniform, *greedy(pricing, damage, trials - len(uniform))]
+        return [*uniform, *greedy(pricing, damage, max(0, trials - len(uniform)))]
     if method in ("random", "cold"):
         return []
-    n = trials - len(uniform) if method == "ladder" else rungs_for(trials)
+    n = max(0, trials - len(uniform)) if method == "ladder" else rungs_for(trials)
     return [candidate for _, candidate in ladder(pricing, damage, limits=Limits(), n=n)]
 
 
@@ -151,10 +164,11 @@ def run_method(
     for candidate in starts:
         study.enqueue_trial(space.params(candidate))
     fixed = method in ("uniform", "greedy", "ladder")
-    while judge.images < trials * RUNGS[-1] and not (
-        fixed and len(study.trials) >= len(starts) and not _waiting(study)
-    ):
+    idle = 0
+    while judge.images < trials * RUNGS[-1] and idle < MAX_IDLE and not (fixed and _done(study)):
+        before = judge.images
         study.optimize(objective, n_trials=1, catch=(NumericalError,))
+        idle = 0 if judge.images > before else idle + 1
     found = front(study)
     float_ms = pricing.price(space.uniform(FP32)).latency_us / 1e3
     points = [(t.values[0], t.values[1]) for t in found]
@@ -176,8 +190,8 @@ def run_method(
     }
 
 
-def _waiting(study: optuna.Study) -> bool:
-    return any(t.state is optuna.trial.TrialState.WAITING for t in study.trials)
+def _done(study: optuna.Study) -> bool:
+    return all(t.state is not optuna.trial.TrialState.WAITING for t in study.trials)
 
 
 Report = dict[str, Any]
@@ -190,7 +204,19 @@ def _load(out: Path) -> Report:
 def _save(out: Path, report: Report) -> None:
     report["machine"] = {"cpu": ablation.cpu_name(), "system": platform.system()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    write_file_atomically(out, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def cost_of(task: searching.Task, damage: SensitivityReport, trials: int) -> dict[str, float]:
+    """What all methods share: the float network's latency, and sensitivities beside the budget."""
+    steps = STEPS + sum(STEPS - r.start for r in damage.ranges)
+    uniform = task.space.uniform(FP32)
+    return {
+        "float_ms": task.pricing.price(uniform).latency_us / 1e3,
+        "sensitivity_variants": len(damage.entries),
+        "sensitivity_in_images": len(damage.entries) * damage.images * steps / STEPS,
+        "budget_in_images": trials * RUNGS[-1],
+    }
 
 
 @app.command()
@@ -209,7 +235,9 @@ def run(
     for name in model:
         by_phases = {p: task_of(name, profile, work, phases=p) for p in (1, 3)}
         damage = damage_of(by_phases[1], lambda *told: print(*told, flush=True))
-        spent = len(damage.entries) * damage.images
+        report = _load(out)
+        report["cost"][name] = cost_of(by_phases[1], damage, trials)
+        _save(out, report)
         for seed in range(seeds):
             for each in method:
                 key = f"{name}/{each}/{seed}/{trials}"
@@ -224,12 +252,6 @@ def run(
                 # Read again: another process may have written another model's runs meanwhile.
                 report = _load(out)
                 report["runs"][key] = found
-                steps = STEPS + sum(STEPS - r.start for r in damage.ranges)
-                report["cost"][name] = {
-                    "sensitivity_variants": len(damage.entries),
-                    "sensitivity_in_images": spent * steps / STEPS,
-                    "budget_in_images": trials * RUNGS[-1],
-                }
                 _save(out, report)
                 print(key, round(found["hypervolume"], 3), found["trials"], flush=True)
 
@@ -288,6 +310,49 @@ def remeasure(
         _save(out, report)
         for row in found.rows:
             print(name, row.name, row.cpu_ratio, row.image_sqnr_db, row.bytes_on_disk, flush=True)
+
+
+def at_most(front: list[dict[str, Any]], ms: float) -> float | None:
+    """Best image SQNR of a front within a latency; None if nothing is as fast."""
+    found = [point["db"] for point in front if point["ms"] <= ms]
+    return max(found) if found else None
+
+
+def summary(report: Report, name: str, trials: int) -> str:
+    """Markdown table of a model: hypervolume by seed, best dB at shares of the float latency."""
+    float_ms = report["cost"][name]["float_ms"]
+    head = " | ".join(f"dB at {share:.2f}" for share in SHARES)
+    lines = [
+        f"| {name} | hypervolume, ms dB, by seed | mean | {head} |",
+        "|" + "---|" * (3 + len(SHARES)),
+    ]
+    for method in METHODS:
+        runs = [
+            run
+            for key, run in report["runs"].items()
+            if (key.split("/")[:2], key.split("/")[3]) == ([name, method], str(trials))
+        ]
+        if not runs:
+            continue
+        volumes = [run["hypervolume"] for run in runs]
+        cells = [method, " ".join(f"{v:.1f}" for v in volumes), f"{np.mean(volumes):.1f}"]
+        for share in SHARES:
+            best = [at_most(run["front"], share * float_ms) for run in runs]
+            known = [db for db in best if db is not None]
+            cells.append(f"{np.mean(known):.1f}" if len(known) == len(runs) else "none")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Option("-o", "--out")] = Path("docs/benchmarks/search.json"),
+    trials: Annotated[int, typer.Option()] = 40,
+) -> None:
+    """Print what was found as Markdown."""
+    report = _load(out)
+    for name in MODELS:
+        print(summary(report, name, trials), end="\n\n")
 
 
 def _measured(
