@@ -149,8 +149,8 @@ def kit(
     precision: Precisions = None,
     wholes: Wholes = 16,
     missing_from: Annotated[
-        Path | None,
-        typer.Option(metavar="PROFILE", help="Leave out what this profile has already."),
+        str | None,
+        typer.Option(metavar="PROFILE", help="Leave out what this profile, or name, has already."),
     ] = None,
     scheduler: Scheduler = None,
     steps: Steps = 20,

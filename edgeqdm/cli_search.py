@@ -315,7 +315,6 @@ def pareto(
         Path | None,
         typer.Option(metavar="FILE", help="Write the trial's phases as servers read them."),
     ] = None,
-    storage: Storage = None,
     conditioning: Embeddings = None,
     online: Online = False,
     force: ForceFile = False,
@@ -342,6 +341,9 @@ def pareto(
             if trial is None:
                 asked = {"--plan": plan, "--step-policy": step_policy}
                 refuse_idle(asked, "without --trial", hint="name a trial, or best")
+            elif plan is None and step_policy is None:
+                told = "name --plan or --step-policy"
+                refuse_idle({"--trial": trial}, "without a file to write", hint=told)
             for file in written.values():
                 if file is not None:
                     check_free(file, force=force)
@@ -349,18 +351,16 @@ def pareto(
             if plot is not None:
                 check_plot(plot.suffix, PICTURES)
             found = searching.read_pareto(folder)
-        if plot is not None:
-            write_file_atomically(plot, draw_front(found, plot.suffix))
-        if plan is not None or step_policy is not None:
+        if trial is not None:
             record = searching.read_search(folder)
             denoiser = load_searched(record, conditioning=conditioning, online=online)
-            chosen = searching.plan_of_trial(
-                denoiser, folder, trial or "best", storage=storage, progress=progress
-            )
+            chosen = searching.plan_of_trial(denoiser, folder, trial, progress=progress)
             if plan is not None:
                 write_file_atomically(plan, dump_record(chosen))
             if step_policy is not None:
                 write_file_atomically(step_policy, dump_record(step_policy_of(chosen)))
+        if plot is not None:
+            write_file_atomically(plot, draw_front(found, plot.suffix))
     shown = [f"{name}  {file}" for name, file in written.items() if file is not None]
     output.result(found.model_dump(mode="json"), pareto_table(found), *shown)
 
@@ -371,10 +371,10 @@ def _adopt(source: str, target: str, accept: list[str] | None) -> Adopted:
 
     accepted = []
     for text in accept or []:
-        if text not in set(Flag):
+        if text not in REFUSED_FLAGS:
             raise InputError(
                 "EQ-3809",
-                f"there is no flag {text!r}",
+                f"{text!r} is no flag that figures are refused for",
                 path="--accept-flag",
                 hint=f"choose among {', '.join(sorted(REFUSED_FLAGS))}",
             )

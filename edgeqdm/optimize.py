@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeqdm import pipeline, searching, tuning
-from edgeqdm.backends import check_backend_name
+from edgeqdm.backends import check_backend_name, load_backend
+from edgeqdm.bench.compare import host
 from edgeqdm.cli_inputs import load_model
 from edgeqdm.emit.verify import Verification
 from edgeqdm.emit.writer import check_destination
-from edgeqdm.errors import EdgeqdmError, InputError, VerifyError
+from edgeqdm.errors import EdgeqdmError, InputError, StorageError, VerifyError
 from edgeqdm.ir.codec import read_record
 from edgeqdm.ir.package import ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.profile import LatencyProfile
 from edgeqdm.ir.search import ParetoReport
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.profile.adopt import PROFILE, Adopted, read_profile
-from edgeqdm.recipe import HOST, Recipe, settings_of
+from edgeqdm.recipe import HOST, ProfilePart, Recipe, settings_of
 from edgeqdm.stages import Progress
 
 SEARCH, PACKAGE, KEPT_PROFILE = "search", "package", "kept-profile"
@@ -94,7 +96,6 @@ def optimize(
         denoiser,
         out / SEARCH,
         str(recipe.emit.trial),
-        storage=recipe.search.storage,
         progress=_part("plan", progress),
     )
     kept = not force and _is_made(out / PACKAGE, plan, correct=recipe.emit.correct)
@@ -183,9 +184,46 @@ def _adopt(recipe: Recipe, notice: Callable[[str], None]) -> Adopted:
         raise
     for warning in found.warnings:
         notice(warning)
-    if asked.source == HOST and found.profile.threads != asked.threads:
-        notice(f"{source} is of {found.profile.threads} threads, not {asked.threads}; {again}")
+    if asked.source == HOST:
+        _check_host(found.profile, Path(source))
+        for difference in _asked_otherwise(found.profile, asked):
+            notice(f"{source} is {difference}; {again}")
     return found
+
+
+def _check_host(profile: LatencyProfile, file: Path) -> None:
+    """Raise StorageError EQ-6401 if the kept profile was measured elsewhere."""
+    if searching.is_this_host(profile):
+        return
+    name, versions = profile.runtime.name, load_backend(profile.target).versions()
+    here = host(versions, threads=1)
+    compared = {
+        "device": (profile.device.name, here.cpu),
+        "machine": (profile.device.machine, here.machine),
+        name: (profile.runtime.version, versions.get(name, "not installed")),
+    }
+    differing = [
+        f"{what} {theirs}, here {mine}"
+        for what, (theirs, mine) in compared.items()
+        if theirs != mine
+    ]
+    raise StorageError(
+        "EQ-6401",
+        f"the profile is not of this host: {'; '.join(differing)}",
+        path=file,
+        hint=f"remove it to measure again, or use it: --set profile.source={file}",
+    )
+
+
+def _asked_otherwise(profile: LatencyProfile, asked: ProfilePart) -> list[str]:
+    """What else a measurement would be asked for now; the least time per graph is not kept."""
+    # Every precision has a whole network of its own, beside those that mix them.
+    mixed = max(0, len(profile.wholes) - len({entry.precision for entry in profile.entries}))
+    compared = (
+        (profile.threads, asked.threads, "threads"),
+        (mixed, asked.wholes, "mixed networks as a whole"),
+    )
+    return [f"of {was} {what}, not {now}" for was, now, what in compared if was != now]
 
 
 def _search(

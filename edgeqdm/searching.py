@@ -13,6 +13,7 @@ A search folder holds all of it, so that each stage goes on where it stopped:
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,17 +27,17 @@ from pydantic import ValidationError
 from edgeqdm import __version__
 from edgeqdm.backends import load_backend
 from edgeqdm.bench.compare import Variant, compare, folder_bytes, host, player_of
-from edgeqdm.calibrate.observe import LayerObservation
+from edgeqdm.calibrate.observe import LayerObservation, observation_tensors
 from edgeqdm.calibrate.trajectories import checksum, collect_trajectories
 from edgeqdm.emit.backend import Backend
 from edgeqdm.emit.package import exportable
 from edgeqdm.emit.writer import write_file_atomically
-from edgeqdm.errors import InputError, NumericalError, StorageError
+from edgeqdm.errors import InputError, NumericalError, OutputError, StorageError
 from edgeqdm.ir.codec import digest, dump_record, read_record
 from edgeqdm.ir.plan import DeploymentPlan, Prediction
 from edgeqdm.ir.precision import FP32, TABLE, Precision
-from edgeqdm.ir.profile import LatencyProfile, Provenance
-from edgeqdm.ir.report import BenchReport
+from edgeqdm.ir.profile import LatencyProfile, Provenance, is_sealed
+from edgeqdm.ir.report import BenchReport, BenchRow
 from edgeqdm.ir.search import FoundPlan, ParetoReport, SearchRecord, SearchSettings
 from edgeqdm.ir.sensitivity import SensitivityReport
 from edgeqdm.models.denoiser import Denoiser
@@ -45,10 +46,20 @@ from edgeqdm.profile.opkeys import NetworkKeys
 from edgeqdm.quantize.blocks import find_blocks
 from edgeqdm.search.evaluate import Evaluator
 from edgeqdm.search.sensitivity import measure_sensitivity, step_ranges
-from edgeqdm.search.space import POLICIES, Candidate, SearchSpace, make_space
-from edgeqdm.search.storage import LEDGER, locked, open_database, open_sqlite
+from edgeqdm.search.space import POLICIES, Candidate, Param, SearchSpace, make_space
+from edgeqdm.search.storage import (
+    DATABASE,
+    LEDGER,
+    check_shared,
+    locked,
+    open_database,
+    open_sqlite,
+    study_of_ledger,
+    write_ledger,
+)
 from edgeqdm.search.study import (
     DEFAULT_SAMPLER,
+    FINGERPRINT,
     MAX_IDLE,
     ORIGIN,
     SAMPLERS,
@@ -73,8 +84,9 @@ SENSITIVITY_SEEDS, JUDGE_SEEDS, HELD_OUT_SEEDS = 2**40, 2**41, 2**42
 """Noise of the three is never shared, nor with a calibration's."""
 TRIALS, FOLDER = "trials", "folder"
 MEASURED = ("measured_ms", "measured_ratio", "measured_sqnr_db")
-REMEASURED = 8
-"""Plans of a front that are emitted and measured, evenly along it."""
+CALIBRATION = "calibration"
+TOGETHER = 8
+"""Plans that are measured in turns, in one process."""
 
 
 @dataclass(frozen=True)
@@ -232,50 +244,94 @@ def search(
     """
     folder = Path(folder)
     name = study or denoiser.info.name
+    if storage is not None:
+        check_shared(storage)
     with locked(folder):
-        _check_study(folder, name)
-        task = make_task(denoiser, folder, profile, settings, progress=progress)
-        if (folder / SEARCH).is_file():
-            check_same(read_search(folder).fingerprint, task.fingerprint, folder)
-        found = _measured_damage(task, progress)
-        rungs = rungs_for(trials)
-        starts = [
-            (origin, task.space.params(candidate))
-            for origin, candidate in ladder(task.pricing, found, limits=task.limits, n=rungs)
-        ]
-        if storage is None:
-            opened, told = open_sqlite(folder, name)
-            if notice is not None:
-                for line in told:
-                    notice(line)
-        else:
-            opened = open_database(storage, name, create=True)
-        opened.sampler = NumberedSampler(settings.sampler, settings.seed)
-        prepare(opened, task.fingerprint, starts[: max(1, trials)])
+        _check_folder(folder, name)
+        task = make_task(denoiser, folder, profile, settings, notice=notice, progress=progress)
+        opened = _open_study(task, name, storage, notice)
+        check_fingerprint(opened, task.fingerprint)
+        _write_search(task, name, trials, source or Source())
+        starts = _starts(task, trials, progress)
         opened.set_user_attr(TRIALS, trials)
         opened.set_user_attr(FOLDER, str(folder.resolve()))
-        _write_search(task, name, trials, source or Source())
+        prepare(opened, task.fingerprint, starts)
         objective = Objective(task.pricing, task.evaluator(), task.limits, settings.images)
+        told = stage("trials", progress)
         if storage is None:
-            Owner(opened, objective, folder / LEDGER).run(
-                trials, progress=stage("trials", progress)
-            )
+            Owner(opened, objective, folder / LEDGER).run(trials, progress=told)
         else:
-            work_on(opened, objective, trials, progress=stage("trials", progress))
+            work_on(opened, objective, trials, progress=told)
+            write_ledger(folder, opened)
         report = _with_measured(_report(task, opened), folder)
-        if report.complete < trials and notice is not None:
-            notice(
-                f"{report.complete} of {trials} trials are complete: the last {MAX_IDLE} were "
-                "beyond a limit, clearly worse than others or failed"
-            )
-        if remeasure or (remeasure is None and is_this_host(profile)):
-            report = measure_front(task, opened, report, progress=progress)
         write_file_atomically(folder / PARETO, dump_record(report))
+        _check_found(report, trials, notice)
+        # CPU time of one thread is measured, and nothing else is comparable to it.
+        if remeasure or (remeasure is None and profile.threads == 1 and is_this_host(profile)):
+            report = measure_front(task, opened, report, progress=progress)
     return report
 
 
-def _check_study(folder: Path, name: str) -> None:
-    if (folder / SEARCH).is_file() and (there := read_search(folder).study) != name:
+def _open_study(
+    task: Task, name: str, storage: str | None, notice: Callable[[str], None] | None
+) -> optuna.Study:
+    if storage is None:
+        opened, told = open_sqlite(task.folder, name)
+        if notice is not None:
+            for line in told:
+                notice(line)
+    else:
+        opened = open_database(storage, name, create=True)
+    opened.sampler = NumberedSampler(task.settings.sampler, task.settings.seed)
+    return opened
+
+
+def _starts(
+    task: Task, trials: int, progress: Progress | None
+) -> Sequence[tuple[str, Mapping[str, Param]]]:
+    """What the study begins with, at most as many as there are to be trials."""
+    found = _measured_damage(task, progress)
+    rungs = ladder(
+        task.pricing,
+        found,
+        limits=task.limits,
+        n=rungs_for(trials),
+        progress=stage("additive optima", progress),
+    )
+    within = [
+        (origin, task.space.params(candidate))
+        for origin, candidate in rungs
+        if task.limits.keeps(task.pricing.price(candidate))
+    ]
+    return within[:trials]
+
+
+def _check_found(report: ParetoReport, trials: int, notice: Callable[[str], None] | None) -> None:
+    if not report.complete:
+        raise NumericalError(
+            "EQ-5624",
+            f"none of {report.pruned + report.failed} trials could be drawn to the end",
+            path=report.study,
+            hint="allow more latency or bytes, or offer more precisions",
+        )
+    if report.complete < trials and notice is not None:
+        notice(
+            f"{report.complete} of {trials} trials are complete: the last {MAX_IDLE} were beyond "
+            "a limit, clearly worse than others or failed"
+        )
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    known = [file for file in (SEARCH, DATABASE, LEDGER) if (folder / file).exists()]
+    foreign = [file for file in (PROFILE, SENSITIVITY, PARETO) if (folder / file).exists()]
+    if foreign and not known:
+        raise OutputError(
+            "EQ-7113",
+            f"is there already, and the folder has no {SEARCH}",
+            path=folder / foreign[0],
+            hint="name an empty folder: this file would be replaced",
+        )
+    if SEARCH in known and (there := read_search(folder).study) != name:
         raise StorageError(
             "EQ-6311",
             f"the folder holds the study {there!r}, not {name!r}",
@@ -290,15 +346,28 @@ def make_task(
     profile: LatencyProfile,
     settings: SearchSettings,
     *,
+    notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Task:
-    """Calibrate, price and check the limits; finished parts are taken from the folder."""
+    """Calibrate, price and check the limits; finished parts are taken from the folder.
+
+    Raises:
+        StorageError: EQ-6310, if the folder's search was made for something else.
+    """
     opened = open_space(denoiser, settings.target, precisions=settings.precisions)
     space = _space(denoiser, opened, settings)
     cost = cost_model(profile, opened)
+    if notice is not None:
+        for line in cost.warnings:
+            notice(line)
     pricing = Pricing(space, cost.latency, cost.storage)
     most = None if settings.latency_ms is None else settings.latency_ms * 1e3
     limits = Limits(most, settings.max_bytes)
+    fingerprint = _fingerprint(denoiser, profile, space, settings)
+    made_for = read_search(folder).fingerprint if (folder / SEARCH).is_file() else None
+    if made_for is not None:
+        # Before anything is computed: that takes minutes, and lies in the folder.
+        check_same({k: v for k, v in made_for.items() if k != CALIBRATION}, fingerprint, folder)
     _check_limits(pricing, limits)
     calibration = calibrate(
         denoiser,
@@ -308,8 +377,10 @@ def make_task(
         progress=progress,
     )
     seen = calibration.observations
-    task = Task(denoiser, folder, settings, profile, pricing, limits, seen, {})
-    return Task(**{**task.__dict__, "fingerprint": _fingerprint(task)})
+    fingerprint |= {CALIBRATION: checksum(observation_tensors(seen))}
+    if made_for is not None:
+        check_same(made_for, fingerprint, folder)
+    return Task(denoiser, folder, settings, profile, pricing, limits, seen, fingerprint)
 
 
 def _space(denoiser: Denoiser, opened: Space, settings: SearchSettings) -> SearchSpace:
@@ -334,43 +405,48 @@ def _ties(denoiser: Denoiser, network: NetworkKeys, tie: str) -> dict[str, str]:
 
 
 def _check_limits(pricing: Pricing, limits: Limits) -> None:
-    fastest = fastest_plan_us(pricing)
-    if limits.latency_us is not None and fastest > limits.latency_us:
-        raise NumericalError(
-            "EQ-5621",
-            f"no plan reaches {limits.latency_us / 1e3:.3f} ms; the fastest possible is predicted "
-            f"at {fastest / 1e3:.3f} ms",
-            path="latency",
-            hint="allow more, or offer more precisions",
-        )
     least = least_bytes(pricing)
     if limits.disk_bytes is not None and least > limits.disk_bytes:
         raise NumericalError(
             "EQ-5621",
-            f"no plan fits into {limits.disk_bytes} bytes; the smallest possible has {least}",
+            f"no plan fits into {limits.disk_bytes} bytes; the smallest possible has {least} bytes",
             path="max_bytes",
+            hint="allow more, or offer more precisions",
+        )
+    fastest = fastest_plan_us(pricing, limits.disk_bytes)
+    if fastest is None or (limits.latency_us is not None and fastest > limits.latency_us):
+        within = "" if limits.disk_bytes is None else f" within {limits.disk_bytes} bytes"
+        told = "none was found" if fastest is None else f"{_milliseconds(fastest)} ms"
+        raise NumericalError(
+            "EQ-5621",
+            f"no plan reaches {(limits.latency_us or 0) / 1e3:g} ms; the fastest possible{within} "
+            f"is predicted at {told}",
+            path="latency",
             hint="allow more, or offer more precisions",
         )
 
 
-def _fingerprint(task: Task) -> dict[str, str]:
-    tensors = {
-        f"{name}/{side}/{field}": getattr(getattr(seen, side), field)
-        for name, seen in task.observations.items()
-        for side in ("input", "output")
-        for field in ("samples", "low", "high")
-    }
-    choices = " ".join(f"{g.name}:{','.join(g.choices)}" for g in task.space.groups)
-    settings = task.settings.model_dump(mode="json")
+def _milliseconds(us: float) -> str:
+    """Rounded up: whoever asks for this much gets a plan."""
+    return f"{math.ceil(us) / 1e3:.3f}"
+
+
+def _fingerprint(
+    denoiser: Denoiser, profile: LatencyProfile, space: SearchSpace, settings: SearchSettings
+) -> dict[str, str]:
+    """What trials depend on, by name, but for the calibration."""
+    choices = " ".join(f"{g.name}:{','.join(g.choices)}" for g in space.groups)
     return {
-        "model": task.denoiser.info.fingerprint,
-        "sampler": digest(task.denoiser.program),
-        "guidance": str(task.denoiser.guidance.scale),
-        "profile": task.profile.payload_sha256,
-        "calibration": checksum(tensors),
+        "model": denoiser.info.fingerprint,
+        "sampler": digest(denoiser.program),
+        "guidance": str(denoiser.guidance.scale),
+        "profile": profile.payload_sha256,
         "space": hashlib.sha256(choices.encode()).hexdigest(),
         "edgeqdm": __version__,
-        **{f"settings.{name}": str(value) for name, value in settings.items()},
+        **{
+            f"settings.{name}": str(value)
+            for name, value in settings.model_dump(mode="json").items()
+        },
     }
 
 
@@ -405,8 +481,8 @@ def _write_search(task: Task, name: str, trials: int, source: Source) -> None:
         trials=trials,
         fingerprint=dict(task.fingerprint),
     )
-    write_file_atomically(task.folder / PROFILE, dump_record(task.profile))
     write_file_atomically(task.folder / SEARCH, dump_record(record))
+    write_file_atomically(task.folder / PROFILE, dump_record(task.profile))
 
 
 def read_search(folder: str | Path) -> SearchRecord:
@@ -420,17 +496,26 @@ def read_search(folder: str | Path) -> SearchRecord:
         raise InputError(
             "EQ-3630", f"holds no {SEARCH}", path=folder, hint="`edgeqdm search` makes one"
         )
-    return read_record(file, SearchRecord)
+    return read_record(file, SearchRecord, error=StorageError)
+
+
+def _profile_of(folder: Path) -> LatencyProfile:
+    profile = read_record(folder / PROFILE, LatencyProfile, error=StorageError)
+    if not is_sealed(profile):
+        raise StorageError(
+            "EQ-6312",
+            "the profile was edited after it was measured",
+            path=folder / PROFILE,
+            hint="go on with `edgeqdm search` and the profile it was made with",
+        )
+    return profile
 
 
 def reopen(denoiser: Denoiser, folder: str | Path, *, progress: Progress | None = None) -> Task:
     """The task of a folder, for its own model."""
     folder = Path(folder)
-    record = read_search(folder)
-    profile = read_record(folder / PROFILE, LatencyProfile)
-    task = make_task(denoiser, folder, profile, record.settings, progress=progress)
-    check_same(record.fingerprint, task.fingerprint, folder)
-    return task
+    settings = read_search(folder).settings
+    return make_task(denoiser, folder, _profile_of(folder), settings, progress=progress)
 
 
 def work(
@@ -457,6 +542,8 @@ def work(
         StorageError: EQ-6310, if the study was made for something else than the folder's search.
     """
     opened = open_database(storage, study, create=False)
+    if TRIALS not in opened.user_attrs or opened.user_attrs.get(FINGERPRINT) is None:
+        raise _not_ready(study)
     task = reopen(denoiser, folder, progress=progress)
     check_fingerprint(opened, task.fingerprint)
     opened.sampler = NumberedSampler(task.settings.sampler, task.settings.seed)
@@ -507,7 +594,10 @@ def _with_measured(report: ParetoReport, folder: Path) -> ParetoReport:
     """The report with what an earlier run has measured of the same trials."""
     if not (folder / PARETO).is_file():
         return report
-    old = {plan.trial: plan for plan in read_record(folder / PARETO, ParetoReport).plans}
+    old = {
+        plan.trial: plan
+        for plan in read_record(folder / PARETO, ParetoReport, error=StorageError).plans
+    }
     plans = tuple(
         plan.model_copy(update={k: getattr(old[plan.trial], k) for k in MEASURED})
         if plan.trial in old
@@ -526,15 +616,27 @@ def measure_front(
     images: int = 32,
     progress: Progress | None = None,
 ) -> ParetoReport:
-    """Emit plans of a front and measure them beside the float graph, on images no trial saw."""
-    chosen = [p for p in _evenly(report.plans, REMEASURED) if p.measured_ms is None]
-    if not chosen:
-        return report
+    """Emit plans of a front and measure them beside the float graph, on images no trial saw.
+
+    A few at a time: all of a round are in memory together. What is measured is written to the
+    folder at once, and not measured again.
+    """
+    missing = [p for p in report.plans if p.measured_ms is None]
     params = {t.number: t.params for t in study.get_trials(deepcopy=False)}
-    plans = {str(p.trial): task.space.plan(task.space.candidate(params[p.trial])) for p in chosen}
-    found = measure_plans(task, plans, rounds=rounds, images=images, progress=progress)
-    rows = {row.name: row for row in found.rows}
-    measured = [
+    for first in range(0, len(missing), TOGETHER):
+        plans = {
+            str(p.trial): task.space.plan(task.space.candidate(params[p.trial]))
+            for p in missing[first : first + TOGETHER]
+        }
+        told = None if progress is None else _shifted(progress, first, len(missing))
+        found = measure_plans(task, plans, rounds=rounds, images=images, progress=told)
+        report = _filled(report, {row.name: row for row in found.rows})
+        write_file_atomically(task.folder / PARETO, dump_record(report))
+    return report
+
+
+def _filled(report: ParetoReport, rows: Mapping[str, BenchRow]) -> ParetoReport:
+    plans = [
         plan.model_copy(
             update={
                 "measured_ms": rows[str(plan.trial)].cpu_ms_per_step,
@@ -546,13 +648,17 @@ def measure_front(
         else plan
         for plan in report.plans
     ]
-    return report.model_copy(update={"plans": tuple(measured)})
+    return report.model_copy(update={"plans": tuple(plans)})
 
 
-def _evenly(plans: Sequence[FoundPlan], n: int) -> list[FoundPlan]:
-    if len(plans) <= n:
-        return list(plans)
-    return [plans[round(k * (len(plans) - 1) / (n - 1))] for k in range(n)]
+def _shifted(progress: Progress, first: int, total: int) -> Progress:
+    """Stages of one of several rounds, named by the plans they are of."""
+    last = min(first + TOGETHER, total)
+
+    def told(name: str, done: int, expected: int) -> None:
+        progress(f"{name} {first + 1}-{last} of {total} plans", done, expected)
+
+    return told
 
 
 def measure_plans(
@@ -627,17 +733,15 @@ def plan_of_trial(
     folder: str | Path,
     trial: str = "best",
     *,
-    storage: str | None = None,
     progress: Progress | None = None,
 ) -> DeploymentPlan:
-    """The plan of a trial, with the reason for every precision.
+    """The plan of a trial, with the reason for every precision; the folder may be in use.
 
     Args:
         denoiser: the model that was searched.
         folder: of the search.
         trial: a number, or `best`: the least image error within the latency that was asked for,
             else within that of the plan by rule.
-        storage: of the study, where it is not in the folder.
         progress: told of finished work.
 
     Raises:
@@ -646,13 +750,9 @@ def plan_of_trial(
     folder = Path(folder)
     task = reopen(denoiser, folder, progress=progress)
     record = read_search(folder)
-    if storage is None:
-        study, _ = open_sqlite(folder, record.study)
-    else:
-        study = open_database(storage, record.study, create=False)
-    chosen = _trial(task, study, trial)
+    chosen = _trial(task, study_of_ledger(folder, record.study), trial)
     candidate = task.space.candidate(chosen.params)
-    report = read_record(folder / SENSITIVITY, SensitivityReport)
+    report = read_record(folder / SENSITIVITY, SensitivityReport, error=StorageError)
     plan = task.space.plan(candidate, reasons(task.pricing, report, candidate))
     prediction = Prediction(
         profile_sha256=task.profile.payload_sha256,
@@ -679,14 +779,15 @@ def _trial(task: Task, study: optuna.Study, asked: str) -> FrozenTrial:
         rule = Candidate((0,), (_rule_choices(task),))
         limit = task.limits.latency_us or task.pricing.price(rule).latency_us
         return complete[best_of(_report(task, study), limit / 1e3).trial]
-    if not asked.isdigit() or int(asked) not in complete:
+    by_name = {str(number): found for number, found in complete.items()}
+    if asked not in by_name:
         raise InputError(
             "EQ-3632",
             f"there is no complete trial {asked!r}",
             path=study.study_name,
             hint=f"give `best` or one of {', '.join(map(str, sorted(complete)[:10]))} ...",
         )
-    return complete[int(asked)]
+    return by_name[asked]
 
 
 def _rule_choices(task: Task) -> tuple[Precision, ...]:
@@ -701,13 +802,15 @@ def reasons(
 ) -> dict[tuple[str, int], str]:
     """Why every layer has its precision: what it costs and saves, by layer and phase."""
     space, merged = pricing.space, candidate.merged()
-    damage = {(e.layer, e.precision): sum(e.propagated) for e in report.entries}
-    return {
-        (layer, p): _reason(pricing, damage, layer, space.layer_precision(layer, choice))
-        for p, choices in enumerate(merged.precisions)
-        for group, choice in zip(space.groups, choices, strict=True)
-        for layer in group.layers
-    }
+    stops = (*merged.starts[1:], space.n_steps)
+    found = {}
+    for p, (start, stop) in enumerate(zip(merged.starts, stops, strict=True)):
+        damage = {(e.layer, e.precision): report.damage(e, start, stop) for e in report.entries}
+        for group, choice in zip(space.groups, merged.precisions[p], strict=True):
+            for layer in group.layers:
+                chosen = space.layer_precision(layer, choice)
+                found[layer, p] = _reason(pricing, damage, layer, chosen)
+    return found
 
 
 def _reason(
@@ -724,10 +827,10 @@ def _reason(
         if others and others[best] >= plain:
             return f"kept fp32: no gain measured ({plain:.1f} us, {best} {others[best]:.1f} us)"
         error = damage.get((layer, best))
-        told = "" if error is None else f", error of the images alone {error:.1e}"
+        told = "" if error is None else f", error of the images by it alone {error:.1e}"
         return f"kept fp32: {best} would save {plain - others[best]:.1f} us{told}"
     error = damage.get((layer, precision))
-    told = "" if error is None else f", error of the images alone {error:.1e}"
+    told = "" if error is None else f", error of the images by it alone {error:.1e}"
     saved = plain - own
     gain = f"saves {saved:.1f} of" if saved >= 0 else f"takes {-saved:.1f} us more than"
     return f"{precision}: {gain} {plain:.1f} us{told}"
@@ -745,18 +848,21 @@ def read_pareto(folder: str | Path) -> ParetoReport:
         raise InputError(
             "EQ-3634", "the search has not ended yet", path=folder, hint="run it to its end"
         )
-    return read_record(folder / PARETO, ParetoReport)
+    return read_record(folder / PARETO, ParetoReport, error=StorageError)
 
 
 def folder_of(storage: str, study: str) -> Path:
     """Where the search of a shared study was made.
 
     Raises:
-        StorageError: EQ-6307, if there is no such folder on this host.
+        StorageError: EQ-6307, if there is no such folder on this host; EQ-6308, if the search has
+            not begun.
     """
     opened = open_database(storage, study, create=False)
     where = opened.user_attrs.get(FOLDER)
-    if where is None or not (Path(where) / SEARCH).is_file():
+    if where is None:
+        raise _not_ready(study)
+    if not (Path(where) / SEARCH).is_file():
         raise StorageError(
             "EQ-6307",
             "the search's folder is not on this host",
@@ -764,3 +870,12 @@ def folder_of(storage: str, study: str) -> Path:
             hint="copy it here and name it with --folder",
         )
     return Path(where)
+
+
+def _not_ready(study: str) -> StorageError:
+    return StorageError(
+        "EQ-6308",
+        "the search has not got as far as its first trial",
+        path=study,
+        hint="wait until `edgeqdm search` counts trials, then start the worker again",
+    )

@@ -23,8 +23,10 @@ from edgeqdm.profile.opkeys import NetworkKeys, network_keys
 from edgeqdm.profile.predict import (
     LatencyModel,
     StorageModel,
+    entries_of,
     fit_latency,
     fitted_base_bytes,
+    form_of,
     missing_entries,
     missing_error,
 )
@@ -222,10 +224,12 @@ class CostModel:
     Attributes:
         latency: of one evaluation of one image.
         storage: of the package's graph.
+        warnings: what a user should know of it, one sentence each.
     """
 
     latency: LatencyModel
     storage: StorageModel
+    warnings: tuple[str, ...] = ()
 
 
 def cost_model(profile: LatencyProfile, space: Space) -> CostModel:
@@ -243,4 +247,24 @@ def cost_model(profile: LatencyProfile, space: Space) -> CostModel:
     bare = StorageModel(space.network, backend.weight_bytes, 0, tables)
     base = fitted_base_bytes(profile, space.network, bare)
     storage = replace(bare, base_bytes=base or 0)
-    return CostModel(fit_latency(profile, space.network), storage)
+    return CostModel(fit_latency(profile, space.network), storage, _unfitted(profile, space))
+
+
+def _unfitted(profile: LatencyProfile, space: Space) -> tuple[str, ...]:
+    """Says which latencies of a space are sums of entries alone."""
+    network = space.network
+    wholes = [
+        entries_of(network, whole.precisions)
+        for whole in profile.wholes
+        if (whole.model, whole.batch) == (network.model, network.batch)
+    ]
+    known = [entries for entries in wholes if not missing_entries(profile, entries)]
+    if not known:
+        return ("the profile has no whole network of this model: latencies only rank its plans",)
+    # A table takes no time, so its form is not fitted by it.
+    fitted = {form_of(p) for entries in known for _, p in entries if p != TABLE}
+    others = sorted({p for _, p in space.entries() if form_of(p) not in fitted})
+    if not others:
+        return ()
+    told = ", ".join(others)
+    return (f"latencies of {told} are not fitted: no whole network of the profile is made of such",)

@@ -22,7 +22,7 @@ from edgeqdm.ir.profile import (
     sealed_profile,
 )
 from edgeqdm.models.load import load
-from edgeqdm.profile.adopt import read_profile
+from edgeqdm.profile.adopt import read_profile, shipped_profiles
 from edgeqdm.testing.tiny import DIT_CONFIG, build_network, write_pipeline
 
 SAMPLER = ("--scheduler", "ddim", "--steps", "4")
@@ -171,6 +171,20 @@ def test_a_kit_of_what_a_profile_lacks_has_no_more_than_that(folder: Folder) -> 
         "target": "onnxruntime",
     }
     assert (folder.kit / "bench.py").is_file()
+
+
+def test_a_kit_is_made_of_what_a_profile_lacks_that_comes_with_edgeqdm(
+    folder: Folder, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By its name: no file of that name is there."""
+    (name,) = shipped_profiles()
+    monkeypatch.chdir(tmp_path)
+    given = ("profile", "kit", folder.model, "-o", out, "--precision", "w8a8", "--wholes", 0)
+    value = value_of(*given, "--missing-from", name, *SAMPLER)
+    assert value["graphs"] == len(read_record(out / "kit.json", KitManifest).graphs)
+    code, line = refusal(*given[:4], out / "other", "--missing-from", "pixel-99", *SAMPLER)
+    assert (code, line[:15]) == (3, "error[EQ-3523]:")
+    assert name in line
 
 
 def test_a_kit_of_nothing_missing_is_refused(folder: Folder, tmp_path: Path) -> None:
@@ -365,6 +379,19 @@ def test_an_interrupted_measurement_goes_on_and_leaves_no_profile(
     assert result.exit_code == 130
     assert nothing_but(tmp_path)
     assert value_of(*given)["entries"] == folder.value["entries"]
+
+
+@pytest.mark.parametrize("flag", ["noisy", "ci_not_reached", "unstable", "haunted"])
+def test_a_flag_that_nothing_is_refused_for_cannot_be_accepted(
+    flag: str, folder: Folder, tmp_path: Path
+) -> None:
+    code, line = refusal(
+        *("search", folder.model, "-o", tmp_path / "x", "--profile", folder.profile),
+        *("--trials", 1, "--accept-flag", flag, *SAMPLER),
+    )
+    assert (code, line[:15]) == (3, "error[EQ-3809]:")
+    assert f"'{flag}' is no flag that figures are refused for" in line
+    assert "choose among " + ", ".join(sorted(REFUSED_FLAGS)) in line
 
 
 @pytest.mark.parametrize(

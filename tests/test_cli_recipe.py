@@ -67,6 +67,11 @@ def interrupted(*arguments: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
+def untimed(task: object, study: object, report: ParetoReport, **options: object) -> ParetoReport:
+    """The front is timed where the profile is of this host; tests of searching do that."""
+    return report
+
+
 def digests(folder: Path) -> dict[str, tuple[str, int]]:
     """SHA-256 and time of change of every file."""
     return {
@@ -100,14 +105,13 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patched:
-        # The front is timed where the profile is of this host; tests of searching do that.
-        patched.setattr("edgeqdm.searching.is_this_host", lambda profile: False)
+        patched.setattr("edgeqdm.searching.measure_front", untimed)
         return Run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeqdm.searching.is_this_host", lambda profile: False)
+def _untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeqdm.searching.measure_front", untimed)
 
 
 def again(run: Run, *options: object) -> dict[str, Any]:
@@ -260,6 +264,53 @@ def test_a_profile_of_other_threads_is_told(run: Run, tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match="no plan reaches"):
         optimize(read_recipe(file), notice=told.append)
     assert any("is of 1 threads, not 2; remove" in line for line in told)
+
+
+def test_a_profile_of_other_whole_networks_is_told(run: Run, tmp_path: Path) -> None:
+    file = changed(run, tmp_path, "profile: {wholes: 16}\nsearch: {latency: 1.0e-9}\n")
+    told: list[str] = []
+    with pytest.raises(NumericalError, match="no plan reaches"):
+        optimize(read_recipe(file), notice=told.append)
+    assert any("is of 3 mixed networks as a whole, not 16; remove" in line for line in told)
+
+
+def test_a_profile_as_it_was_asked_for_needs_no_word(run: Run) -> None:
+    again(run)
+    told: list[str] = []
+    optimize(read_recipe(run.recipe), notice=told.append)
+    assert not [line for line in told if "remove" in line]
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "differing"),
+    [
+        ("device", {"name": "ARM Cortex-A76"}, "device ARM Cortex-A76, here "),
+        ("device", {"machine": "armv7l"}, "machine armv7l, here "),
+        ("runtime", {"version": "1.2.3"}, "onnxruntime 1.2.3, here "),
+    ],
+)
+def test_a_profile_of_another_host_is_refused_before_the_model_is_read(
+    run: Run, tmp_path: Path, part: str, fields: dict[str, str], differing: str
+) -> None:
+    file = changed(run, tmp_path, f"model: {tmp_path}/gone\n")
+    kept = tmp_path / "out" / "profile.json"
+    old = getattr(read_record(kept, LatencyProfile), part)
+    edit_profile(kept, {part: old.model_copy(update=fields)})
+    code, line = refusal("optimize", file)
+    assert (code, line[:15]) == (6, "error[EQ-6401]:")
+    assert f"the profile is not of this host: {differing}" in line
+    assert line.count(", here ") == 1
+    assert f"({kept})" in line
+    assert line.endswith(f" - remove it to measure again, or use it: --set profile.source={kept}")
+
+
+def test_a_profile_of_another_host_is_taken_when_it_is_named(run: Run, tmp_path: Path) -> None:
+    file = changed(run, tmp_path, "search: {latency: 1.0e-9}\n")
+    kept = tmp_path / "out" / "profile.json"
+    device = read_record(kept, LatencyProfile).device
+    edit_profile(kept, {"device": device.model_copy(update={"name": "ARM Cortex-A76"})})
+    code, line = refusal("optimize", file, "--set", f"profile.source={kept}")
+    assert (code, line[:15]) == (5, "error[EQ-5621]:")
 
 
 def test_a_latency_may_be_a_share_of_the_float_models(run: Run, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from edgeqdm.ir.report import BenchReport, BenchRow, Host
 from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.numerics import solver
+from edgeqdm.profile.protocol import cpu
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
 
 SAMPLING_BATCH = 50
@@ -56,21 +57,12 @@ def host(libraries: Mapping[str, str], threads: int) -> Host:
     """This machine."""
     return Host(
         machine=platform.machine(),
-        cpu=_cpu_name(),
+        cpu=cpu()[0],
         system=platform.system(),
         python=platform.python_version(),
         libraries=dict(libraries),
         threads=threads,
     )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def float_predictor(denoiser: Denoiser) -> Evaluate:

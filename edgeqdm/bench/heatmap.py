@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from edgeqdm.errors import InputError
-from edgeqdm.ir.search import ParetoReport
+from edgeqdm.ir.search import FoundPlan, ParetoReport
 from edgeqdm.ir.sensitivity import LayerSensitivity, SensitivityReport
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -22,6 +22,8 @@ PLOTS = (*PICTURES, ".html")
 COLOURS = "magma"
 FLOOR_DB = -120.0
 ROW_INCHES = 0.16
+KINDS = {"uniform": "^", "additive optimum": "s", "search": "o"}
+"""What a plan's origin begins with, and its marker."""
 
 
 def check_plot(suffix: str, known: tuple[str, ...] = PLOTS) -> None:
@@ -146,8 +148,6 @@ def draw_front(report: ParetoReport, suffix: str) -> bytes:
     check_plot(suffix.lower(), PICTURES)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    started = [p for p in report.plans if p.origin != "search"]
-    found = [p for p in report.plans if p.origin == "search"]
     axis.step(
         [p.latency_ms for p in report.plans],
         [p.image_sqnr_db for p in report.plans],
@@ -155,10 +155,10 @@ def draw_front(report: ParetoReport, suffix: str) -> bytes:
         color="0.7",
         linewidth=1,
     )
-    for plans, marker, label in ((started, "s", "additive optimum"), (found, "o", "search")):
-        if plans:
+    for kind, marker in KINDS.items():
+        if plans := [p for p in report.plans if _kind(p) == kind]:
             x, y = [p.latency_ms for p in plans], [p.image_sqnr_db for p in plans]
-            axis.plot(x, y, marker, markersize=5, label=label)
+            axis.plot(x, y, marker, markersize=5, label=kind)
     timed = [
         (p.measured_ms, p.measured_sqnr_db)
         for p in report.plans
@@ -174,3 +174,8 @@ def draw_front(report: ParetoReport, suffix: str) -> bytes:
     if report.plans:
         axis.legend(fontsize=8)
     return _bytes(figure, suffix.lower())
+
+
+def _kind(plan: FoundPlan) -> str:
+    """Of where a plan comes from, whatever precision or budget is told with it."""
+    return next((kind for kind in KINDS if plan.origin.startswith(kind)), "search")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,15 +154,19 @@ def observe(
     }
 
 
-def save_observations(observations: dict[str, LayerObservation], file: Path) -> None:
-    """Write observations to a safetensors file, whole or not at all."""
-    tensors = {
+def observation_tensors(observations: Mapping[str, LayerObservation]) -> dict[str, Tensor]:
+    """Everything that observations hold, named `layer/side/field`."""
+    return {
         f"{name}/{side}/{field}": getattr(getattr(seen, side), field)
         for name, seen in observations.items()
         for side in ("input", "output")
         for field in ("samples", "low", "high")
     }
-    save_tensors(tensors, file)
+
+
+def save_observations(observations: dict[str, LayerObservation], file: Path) -> None:
+    """Write observations to a safetensors file, whole or not at all."""
+    save_tensors(observation_tensors(observations), file)
 
 
 def load_observations(file: Path) -> dict[str, LayerObservation] | None:

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from edgeqdm.ir.codec import dump_record
 from edgeqdm.ir.model import LayerKind
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import FP32, Precision
 from edgeqdm.ir.record import Record
 
 UNSEALED_PROFILE = "0" * 64
 Microseconds = Annotated[float, Field(gt=0, le=1e9)]
 """Above 0 and at most 1,000 seconds: what is larger was not given in microseconds."""
 Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x20-\x7e]+$")]
+
+
+def _with_zone(text: str) -> str:
+    try:
+        zone = datetime.fromisoformat(text).tzinfo
+    except ValueError:
+        zone = None
+    if zone is None:
+        raise ValueError(
+            f"{text[:40]!r} is no time with a zone; write it as 2026-11-01T12:00:00Z is written"
+        )
+    return text
+
+
+Time = Annotated[Text, AfterValidator(_with_zone)]
+"""ISO 8601, with a zone: without one nobody could say how old it is."""
 LayerName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$")]
 Provenance = Literal["measured", "estimated"]
 
@@ -58,11 +75,22 @@ class OpKey(Record):
     groups: int = Field(default=1, ge=1)
 
     def __str__(self) -> str:
-        shape, weight = ("x".join(map(str, s)) for s in (self.input_shape, self.weight_shape))
-        window = f" s{self.stride[0]}" if self.stride else ""
-        window += f" p{self.padding[0]}" if any(self.padding) else ""
-        grouped = f" g{self.groups}" if self.groups > 1 else ""
-        return f"{self.kind} {shape} * {weight}{window}{grouped}"
+        parts = [f"{self.kind} {_sizes(self.input_shape)} * {_sizes(self.weight_shape)}"]
+        parts += [f"s{_alike(self.stride)}"] if self.stride else []
+        parts += [f"p{_alike(self.padding)}"] if any(self.padding) else []
+        parts += [f"d{_alike(self.dilation)}"] if set(self.dilation) - {1} else []
+        parts += [f"g{self.groups}"] if self.groups > 1 else []
+        parts += [] if self.bias else ["no bias"]
+        return " ".join(parts)
+
+
+def _sizes(values: tuple[int, ...]) -> str:
+    return "x".join(map(str, values))
+
+
+def _alike(values: tuple[int, ...]) -> str:
+    """Values of both axes, or the one that both have."""
+    return str(values[0]) if len(set(values)) == 1 else _sizes(values)
 
 
 class Timing(Record):
@@ -131,6 +159,15 @@ class WholeGraph(Record):
     provenance: Provenance
     timing: Timing
 
+    def identity(self) -> Hashable:
+        """What it has been measured of: two with the same identity are one network."""
+        return self.model, self.batch, beyond_fp32(self.precisions)
+
+
+def beyond_fp32(precisions: Mapping[str, Precision]) -> frozenset[tuple[str, Precision]]:
+    """Layers and precisions, less those in fp32, which may as well be absent."""
+    return frozenset(each for each in precisions.items() if each[1] != FP32)
+
 
 class Device(Record):
     """Where it was measured."""
@@ -171,8 +208,7 @@ class LatencyProfile(Record):
 
     schema_version: int = 1
     edgeqdm_version: str
-    created: Text
-    """UTC, ISO 8601."""
+    created: Time
     target: str
     device: Device
     runtime: Runtime
@@ -192,12 +228,25 @@ class LatencyProfile(Record):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> LatencyProfile:
-        named = [f"{e.key} at {e.precision}" for e in self.entries]
-        named += [f"{b.kind} of {'x'.join(map(str, b.shape))}" for b in self.boundaries]
-        twice = next((name for name, n in Counter(named).items() if n > 1), None)
+        named: list[tuple[Hashable, str]] = [
+            *(((e.key, e.precision), f"{e.key} at {e.precision}") for e in self.entries),
+            *(((b.kind, b.shape), f"{b.kind} of {_sizes(b.shape)}") for b in self.boundaries),
+            *((w.identity(), f"wholes[{k}]") for k, w in enumerate(self.wholes)),
+        ]
+        twice = _named_twice(named)
         if twice is not None:
             raise ValueError(f"{twice} has more than one entry")
         return self
+
+
+def _named_twice(named: Iterable[tuple[Hashable, str]]) -> str | None:
+    """Name of the first thing that was there before; what it is decides, not what it is called."""
+    seen: set[Hashable] = set()
+    for identity, name in named:
+        if identity in seen:
+            return name
+        seen.add(identity)
+    return None
 
 
 def sealed_profile(profile: LatencyProfile) -> LatencyProfile:
@@ -236,6 +285,15 @@ class KitGraph(Record):
     shape: tuple[int, ...] = ()
     precisions: dict[LayerName, Precision] = Field(default_factory=dict)
 
+    def identity(self) -> Hashable:
+        """What it stands for: a profile has one figure for it."""
+        by_role: dict[str, Hashable] = {
+            "entry": (self.key, self.precision),
+            "boundary": (self.boundary, self.shape),
+            "whole": beyond_fp32(self.precisions),
+        }
+        return self.role, by_role.get(self.role)
+
 
 class KitManifest(Record):
     """Everything a device has to time, `kit.json`."""
@@ -249,13 +307,25 @@ class KitManifest(Record):
     batch: int = Field(ge=1)
     graphs: tuple[KitGraph, ...]
 
+    @field_validator("graphs")
+    @classmethod
+    def _complete(cls, graphs: tuple[KitGraph, ...]) -> tuple[KitGraph, ...]:
+        for role in ("reference", "overhead"):
+            if not any(graph.role == role for graph in graphs):
+                raise ValueError(f"there is no {role} graph; make the kit again")
+        by_name = _named_twice((graph.name, graph.name) for graph in graphs)
+        twice = by_name or _named_twice((graph.identity(), graph.name) for graph in graphs)
+        if twice is not None:
+            raise ValueError(f"graph {twice} is there twice; make the kit again")
+        return graphs
+
 
 class KitHeader(Record):
     """First line of a kit's results."""
 
     schema_version: int = 1
     kit_sha256: str
-    created: Text
+    created: Time
     device: Device
     runtime: Runtime
     threads: int = Field(ge=1)

@@ -54,3 +54,10 @@ class SensitivityReport(Record):
                     f"ranges, not {self.n_steps} and {len(self.ranges)}"
                 )
         return self
+
+    def damage(self, entry: LayerSensitivity, start: int, stop: int) -> float:
+        """Propagated damage of `start <= step < stop`; a range counts by its share of steps."""
+        return sum(
+            value * max(0, min(stop, r.stop) - max(start, r.start)) / (r.stop - r.start)
+            for value, r in zip(entry.propagated, self.ranges, strict=True)
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
+from statistics import median_high, median_low
 
 from edgeqdm.errors import InputError
 from edgeqdm.ir.codec import parse_record, read_bytes
@@ -15,6 +16,7 @@ from edgeqdm.ir.profile import (
     REFUSED_FLAGS,
     Flag,
     LatencyProfile,
+    OpKey,
     Timing,
     is_sealed,
     sealed_profile,
@@ -22,7 +24,11 @@ from edgeqdm.ir.profile import (
 
 PROFILE = "profile.json"
 STALE = timedelta(days=90)
+CLOCK_ERROR = timedelta(days=1)
+"""By which the clocks of a device and of this host may differ and both be called right."""
 OUTLIER = 30.0
+LEAST_US = 5.0
+"""Below it a ratio says nothing: the overhead of a graph has been taken off."""
 _LISTED = 10
 
 
@@ -132,12 +138,9 @@ def _timings(profile: LatencyProfile) -> list[Timing]:
 
 def _warnings(profile: LatencyProfile, now: datetime) -> tuple[str, ...]:
     found = []
-    try:
-        age = now - datetime.fromisoformat(profile.created)
-    except (ValueError, TypeError):
-        raise InputError(
-            "EQ-3524", f"created is no time: {profile.created}", path="created"
-        ) from None
+    age = now - datetime.fromisoformat(profile.created)
+    if age < -CLOCK_ERROR:
+        found.append(f"created in the future, {profile.created}: a clock was wrong")
     if age > STALE:
         found.append(f"stale: measured {age.days} days ago")
     weak = sum(bool(timing.flags) for timing in _timings(profile))
@@ -151,17 +154,29 @@ def _warnings(profile: LatencyProfile, now: datetime) -> tuple[str, ...]:
 
 
 def _outliers(profile: LatencyProfile) -> list[str]:
-    """Entries far from the same operation at every other precision: a slip of the unit, say."""
-    by_key: dict[str, list[tuple[str, float]]] = {}
+    """Entries far above or below the same operation at most other precisions: a slip of the unit.
+
+    Of two that are far apart both are named: nothing says which one is wrong.
+    """
+    by_key: dict[OpKey, dict[str, float]] = {}
     for entry in profile.entries:
-        net = max(entry.timing.median_us - profile.overhead.median_us, 0.5)
-        by_key.setdefault(str(entry.key), []).append((str(entry.precision), net))
-    found = []
-    for key, mine in by_key.items():
-        times = sorted(us for _, us in mine)
-        middle = times[len(times) // 2]
-        found += [f"{key} at {p}" for p, us in mine if us > OUTLIER * max(middle, 5.0)]
+        net = entry.timing.median_us - profile.overhead.median_us
+        by_key.setdefault(entry.key, {})[str(entry.precision)] = net
+    found = [
+        f"{key} at {precision}"
+        for key, times in by_key.items()
+        for precision, us in times.items()
+        if _far(us, [other for name, other in times.items() if name != precision])
+    ]
     return found[:_LISTED]
+
+
+def _far(us: float, others: list[float]) -> bool:
+    """Whether it is far above at least half of the others, or far below."""
+    if not others:
+        return False
+    above = us > OUTLIER * max(median_high(others), LEAST_US)
+    return above or median_low(others) > OUTLIER * max(us, LEAST_US)
 
 
 def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
@@ -188,10 +203,7 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
         old, new = new, old
     entries = {(e.key, e.precision): e for e in (*old.entries, *new.entries)}
     boundaries = {(b.kind, b.shape): b for b in (*old.boundaries, *new.boundaries)}
-    wholes = {
-        (w.model, w.batch, tuple(sorted(w.precisions.items()))): w
-        for w in (*old.wholes, *new.wholes)
-    }
+    wholes = {w.identity(): w for w in (*old.wholes, *new.wholes)}
     return sealed_profile(
         new.model_copy(
             update={

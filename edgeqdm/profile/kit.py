@@ -37,6 +37,7 @@ from edgeqdm.ir.profile import (
     Protocol,
     Timing,
     WholeGraph,
+    beyond_fp32,
     sealed_profile,
 )
 from edgeqdm.models.denoiser import Denoiser
@@ -108,12 +109,13 @@ def make_kit(
         progress: told of every graph.
 
     Raises:
-        InputError: if nothing is asked for.
+        InputError: if nothing is asked for, or something twice.
         UnsupportedError: a precision does not fit its layer.
         OutputError: the kit cannot be written.
     """
     if not request.entries and not request.wholes:
         raise InputError("EQ-3501", "there is nothing to time", path="kit")
+    _check_once(request)
     for key, precision in request.entries:
         _check_kernel(key, precision, backend)
     graphs: list[KitGraph] = []
@@ -140,6 +142,22 @@ def make_kit(
         tool["protocol.py"] = files("edgeqdm.profile").joinpath("protocol.py").read_bytes()
         _write(folder, {**tool, KIT: dump_record(manifest)})
     return manifest
+
+
+def _check_once(request: KitRequest) -> None:
+    wholes = [beyond_fp32(precisions) for precisions in request.wholes]
+    for what, asked in (
+        ("operation", request.entries),
+        ("boundary", request.boundaries),
+        ("whole network", wholes),
+    ):
+        if len(set(asked)) < len(asked):
+            raise InputError(
+                "EQ-3508",
+                f"the same {what} is to be timed twice",
+                path="kit",
+                hint="ask for it once: a profile has one figure for it",
+            )
 
 
 def _check_kernel(key: OpKey, precision: Precision, backend: Backend) -> None:
@@ -326,7 +344,8 @@ def _read_samples(lines: Sequence[bytes], manifest: KitManifest, results: Path) 
         if entry.graph not in known or (entry.graph, entry.round) in seen:
             what = "is there twice" if entry.graph in known else "is not in the kit"
             message = f"line {number}: graph {entry.graph}, round {entry.round}, {what}"
-            raise InputError("EQ-3504", message, path=results)
+            hint = "delete the line and run bench.py of the kit again"
+            raise InputError("EQ-3504", message, path=results, hint=hint)
         seen[entry.graph, entry.round] = entry.us
     rounds: Rounds = defaultdict(list)
     for name, turn in sorted(seen):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeqdm.errors import UnsupportedError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.profile import OpKey
 from edgeqdm.models.denoiser import Denoiser
@@ -36,7 +37,11 @@ class NetworkKeys:
 
 
 def network_keys(denoiser: Denoiser) -> NetworkKeys:
-    """The key of every layer; the denoiser runs once."""
+    """The key of every layer; the denoiser runs once.
+
+    Raises:
+        UnsupportedError: EQ-4312, if a layer pads its sides unequally; names it.
+    """
     keys: dict[str, OpKey] = {}
     fed: dict[str, Tensor] = {}
     hooks = []
@@ -44,7 +49,7 @@ def network_keys(denoiser: Denoiser) -> NetworkKeys:
     def recorder(name: str) -> Any:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            keys.setdefault(name, _key(layer, tuple(x.shape)))
+            keys.setdefault(name, _key(name, layer, tuple(x.shape)))
             # Held until the end: freed memory would be given to another tensor.
             fed.setdefault(name, x)
 
@@ -110,7 +115,7 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _key(layer: nn.Module, input_shape: tuple[int, ...]) -> OpKey:
+def _key(name: str, layer: nn.Module, input_shape: tuple[int, ...]) -> OpKey:
     weight = layer.get_parameter("weight")
     common: dict[str, Any] = {
         "input_shape": input_shape,
@@ -118,13 +123,31 @@ def _key(layer: nn.Module, input_shape: tuple[int, ...]) -> OpKey:
         "bias": getattr(layer, "bias", None) is not None,
     }
     if isinstance(layer, nn.Conv2d):
-        padding = layer.padding
         return OpKey(
             kind=LayerKind.CONV2D,
             stride=tuple(layer.stride),
-            padding=(0, 0) if isinstance(padding, str) else tuple(padding),
+            padding=_padding(name, layer),
             dilation=tuple(layer.dilation),
             groups=layer.groups,
             **common,
         )
     return OpKey(kind=LayerKind.LINEAR, **common)
+
+
+def _padding(name: str, layer: nn.Conv2d) -> tuple[int, ...]:
+    """Zeros on either side, by axis."""
+    if layer.padding == "valid":
+        return (0, 0)
+    if not isinstance(layer.padding, str):
+        return tuple(layer.padding)
+    sizes = zip(layer.kernel_size, layer.dilation, strict=True)
+    both_sides = [dilation * (size - 1) for size, dilation in sizes]
+    if any(total % 2 for total in both_sides):
+        raise UnsupportedError(
+            "EQ-4312",
+            f'padding="same" of a kernel {"x".join(map(str, layer.kernel_size))} is unequal: '
+            "a profile has no key for it",
+            path=name,
+            hint="pad the input in the module, and the layer not at all",
+        )
+    return tuple(total // 2 for total in both_sides)

@@ -1,4 +1,4 @@
-"""When a measurement is finished, and what speaks against it. Needs nothing but numpy.
+"""When a measurement is finished, what speaks against it, and on what it was made; numpy alone.
 
 A copy of this file travels with every benchmark kit.
 """
@@ -6,7 +6,9 @@ A copy of this file travels with every benchmark kit.
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +25,18 @@ MAX_DRIFT = 1.03
 DRIFT_RUNS = 60
 """Below this many runs a drift of 3 % is seen in 12 % of the series that have none."""
 MAX_REFERENCE_RATIO = 1.10
+FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "sve",
+    "bf16",
+)
+LONGEST_NAME = 200
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
@@ -92,3 +106,41 @@ def throttled(drifts: Sequence[float], reference: Sequence[float]) -> bool:
     """
     slower = bool(drifts) and float(np.median(drifts)) > MAX_DRIFT
     return slower or max(reference) > MAX_REFERENCE_RATIO * reference[0]
+
+
+def cpu(proc: Path = Path("/proc")) -> tuple[str, list[str]]:
+    """Name of the board or processor, and what decides over its kernels."""
+    fields = [entry.partition(":") for entry in text_of(proc / "cpuinfo").splitlines()]
+
+    def values(wanted: str) -> list[str]:
+        return [value.strip() for key, _, value in fields if key.strip() == wanted]
+
+    names = [
+        # First: 32-bit Arm has a `model name` too, the same one on every board.
+        text_of(proc / "device-tree" / "model"),
+        *values("Hardware"),
+        *values("model name"),
+        arm_cores(values("CPU implementer"), values("CPU part")),
+        platform.processor(),
+        platform.machine(),
+    ]
+    flags = {flag for value in (*values("flags"), *values("Features")) for flag in value.split()}
+    return next(filter(None, map(plain, names))), [f for f in FEATURES if f in flags]
+
+
+def arm_cores(implementers: list[str], parts: list[str]) -> str:
+    """Architecture and kinds of cores, in numbers: `aarch64 0x41/0xd05 0x41/0xd0b`."""
+    kinds = sorted({f"{who}/{part}" for who, part in zip(implementers, parts, strict=False)})
+    return " ".join([platform.machine(), *kinds]) if kinds else ""
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def plain(text: str) -> str:
+    """What a profile can hold of it: a device tree ends its texts with a NUL."""
+    return "".join(c for c in text if " " <= c <= "~").strip()[:LONGEST_NAME]

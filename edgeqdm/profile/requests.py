@@ -10,7 +10,7 @@ from edgeqdm.emit.backend import Menu
 from edgeqdm.errors import UnsupportedError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.precision import FP32, TABLE, Precision
-from edgeqdm.ir.profile import BoundaryKind
+from edgeqdm.ir.profile import BoundaryKind, beyond_fp32
 from edgeqdm.profile.kit import KitRequest
 from edgeqdm.profile.opkeys import NetworkKeys
 
@@ -23,6 +23,9 @@ DEFAULT_WHOLES = 16
 CONCENTRATION = 0.5
 """Of the Dirichlet distribution that shares of precisions are drawn from: mixes of one, two or all
 are about as frequent."""
+
+DRAWS = 20
+"""Per mixed network that is asked for: small networks have few, and they come up again."""
 
 Candidates = Mapping[LayerKind, tuple[Precision, ...]]
 
@@ -112,11 +115,24 @@ def full_request(
     """Everything that `fit_latency` can use of a network; `tables` are looked up in all of it."""
     keys = dict.fromkeys(key for layer, key in network.keys.items() if layer not in tables)
     shapes = dict.fromkeys(network.keys[names[0]].input_shape for names in network.siblings)
-    mixed = mixed_precisions(
-        network, offered, n_wholes, tables=tables, generator=np.random.default_rng(seed)
-    )
     return KitRequest(
         entries=[(key, p) for key in keys for p in offered[key.kind]],
         boundaries=[(BoundaryKind.QUANTIZE, shape) for shape in shapes],
-        wholes=[*uniform_precisions(network, offered, tables=tables), *mixed],
+        wholes=_different_wholes(network, offered, n_wholes, tables=tables, seed=seed),
     )
+
+
+def _different_wholes(
+    network: NetworkKeys, offered: Candidates, n_mixed: int, *, tables: Collection[str], seed: int
+) -> list[dict[str, Precision]]:
+    """One network per precision and `n_mixed` others, fewer only where there are no more."""
+    uniform = uniform_precisions(network, offered, tables=tables)
+    found = {beyond_fp32(precisions): precisions for precisions in uniform}
+    wanted = len(found) + n_mixed
+    generator = np.random.default_rng(seed)
+    for _ in range(DRAWS * n_mixed):
+        if len(found) == wanted:
+            break
+        (mixed,) = mixed_precisions(network, offered, 1, tables=tables, generator=generator)
+        found.setdefault(beyond_fp32(mixed), mixed)
+    return list(found.values())

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeqdm import __version__
-from edgeqdm.calibrate.observe import LayerObservation
-from edgeqdm.calibrate.trajectories import Trajectories, load_tensors, save_tensors
+from edgeqdm.calibrate.observe import LayerObservation, observation_tensors
+from edgeqdm.calibrate.trajectories import Trajectories, checksum, load_tensors, save_tensors
 from edgeqdm.errors import InputError
 from edgeqdm.ir.codec import digest
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
@@ -74,8 +74,7 @@ def measure_sensitivity(
     for done, (layer, precision) in enumerate(asked, start=1):
         file = None
         if work is not None:
-            name = hashlib.sha256(f"{key} {layer} {precision}".encode()).hexdigest()[:24]
-            file = work / f"sensitivity-{name}.st"
+            file = work / f"sensitivity-{_name(key, observations, layer, precision)}.st"
         kept = None if file is None else load_tensors(file)
         if kept is None:
             kept = _damage(runs, observations, layer, precision, chosen)
@@ -108,6 +107,15 @@ def _key(
     bounds = " ".join(f"{r.start}:{r.stop}" for r in ranges)
     parts = (__version__, digest(denoiser.info), trajectories.key(), str(seed), bounds)
     return " ".join(parts)
+
+
+def _name(
+    key: str, observations: Mapping[str, LayerObservation], layer: str, precision: Precision
+) -> str:
+    # A layer that is quantized alone is given scales of its own observation and of no other.
+    mine = {layer: observations[layer]} if layer in observations else {}
+    text = f"{key} {layer} {precision} {checksum(observation_tensors(mine))}"
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 class _Runs:

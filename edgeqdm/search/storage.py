@@ -1,7 +1,8 @@
 """Where a study is kept: one SQLite file with one owner, or a database for several hosts.
 
 A search folder holds `study.db`, `ledger.jsonl` with a line for every finished trial, and `LOCK`,
-which the kernel frees when its owner dies. The database can be made again of the ledger.
+which the kernel frees when its owner dies. The database can be made again of the ledger, and who
+only wants to know what was found reads the ledger, whoever may be writing it.
 
 Source: https://github.com/optuna/optuna, storages of 5.0; a killed process leaves its trial
 RUNNING for ever, and SQLite has no checksum of its pages.
@@ -32,6 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from edgeqdm.emit.writer import write_file_atomically
 from edgeqdm.errors import StorageError, UnsupportedError
 
 DATABASE, LEDGER, LOCK = "study.db", "ledger.jsonl", "LOCK"
@@ -39,6 +41,8 @@ HEARTBEAT_S, GRACE_S, RETRIES = 60, 180, 2
 DIRECTIONS = (StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE)
 """Of latency and of image SQNR."""
 BUSY_S = 60
+_UNUSABLE = ("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_PERM", "SQLITE_READONLY")
+"""Errors that say nothing of what is in a file."""
 _BESIDE = ("-journal", "-wal", "-shm")
 _SECRET = re.compile(r"([?&](?:ssl)?passw(?:or)?d=)[^&#]*", re.IGNORECASE)
 _USER = re.compile(r"(?P<before>.*?//)?(?P<user>[^:]*)")
@@ -110,6 +114,7 @@ def open_sqlite(folder: Path, name: str) -> tuple[optuna.Study, tuple[str, ...]]
             Optuna wrote the file.
     """
     file, ledger = folder / DATABASE, folder / LEDGER
+    _cut_torn_line(ledger)
     kept = read_ledger(ledger)
     if not kept and not file.exists():
         return _make(file, name, {}), ()
@@ -123,7 +128,7 @@ def open_sqlite(folder: Path, name: str) -> tuple[optuna.Study, tuple[str, ...]]
             "EQ-6303",
             f"{what}; there is no ledger to make it again of",
             path=aside or file,
-            hint="start the search anew in another folder; the file was kept",
+            hint="run the same again to begin anew; the file was kept",
         )
     told = f"{what}; made again of {len(kept)} trials" + (f", {aside.name} kept" if aside else "")
     return _make(file, name, kept), (told,)
@@ -171,12 +176,13 @@ def _damage_of(file: Path) -> str | None:
     if file.stat().st_size == 0:
         return "empty"
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)
-        ) as db:
+        # Writable: a commit that a kill cut short is rolled back by who opens the file next.
+        with contextlib.closing(sqlite3.connect(file, timeout=BUSY_S)) as db:
             (found,) = db.execute("PRAGMA quick_check").fetchone()
             db.execute("SELECT count(*) FROM trials").fetchone()
     except (sqlite3.DatabaseError, ValueError) as problem:
+        if getattr(problem, "sqlite_errorname", "").startswith(_UNUSABLE):
+            raise _translated(problem, file) from problem
         return f"damaged ({problem})"
     return None if found == "ok" else f"damaged ({str(found).splitlines()[0][:100]})"
 
@@ -222,47 +228,84 @@ def _text_of(trial: FrozenTrial, number: int) -> str:
     return json.dumps(entry, separators=(",", ":"), sort_keys=True)
 
 
+def _line_of(trial: FrozenTrial) -> bytes:
+    text = _text_of(trial, trial.number)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+
+
 def append_to_ledger(ledger: Path, trial: FrozenTrial) -> None:
     """Write a finished trial down, on the disk when this returns.
 
     Raises:
         StorageError: EQ-6304, if there is no space.
     """
-    text = _text_of(trial, trial.number)
-    line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+    line = _line_of(trial)
     try:
         with ledger.open("ab", buffering=0) as file:
-            file.write(line)
-            os.fsync(file.fileno())
+            before, rest = file.tell(), memoryview(line)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                # Half a line would damage the next one.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), before)
+                raise
     except OSError as problem:
         raise _no_space(ledger, problem) from problem
 
 
 def read_ledger(ledger: Path) -> dict[int, FrozenTrial]:
-    """Finished trials by number; a last line cut off by a kill is dropped, from the file too.
+    """Finished trials by number; a last line that was not written to its end is left out.
 
     Raises:
         StorageError: EQ-6305, if another line is damaged; names it.
     """
     if not ledger.exists():
         return {}
-    data = ledger.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
     found = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(_whole_lines(ledger).splitlines(), start=1):
         checksum, _, text = line.partition(b" ")
         if f"{zlib.crc32(text):08x}".encode() != checksum:
             raise StorageError(
                 "EQ-6305",
                 f"line {number} of the ledger is damaged",
                 path=ledger,
-                hint="delete this line, then run the same again: its trial is run again",
+                hint="delete this line, then run the same again: its trial is taken from study.db, "
+                "or run again",
             )
         trial = _trial_of(json.loads(text))
         found[trial[0]] = trial[1]
-    if len(whole) < len(data):
-        os.truncate(ledger, len(whole))
     return found
+
+
+def _whole_lines(ledger: Path) -> bytes:
+    data = ledger.read_bytes()
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _cut_torn_line(ledger: Path) -> None:
+    if ledger.exists():
+        os.truncate(ledger, len(_whole_lines(ledger)))
+
+
+def study_of_ledger(folder: Path, name: str) -> optuna.Study:
+    """What the ledger of a folder tells, in memory; nothing is locked, written or mended.
+
+    Raises:
+        StorageError: EQ-6305, if the ledger is damaged.
+    """
+    with storage_errors(folder):
+        study = optuna.create_study(study_name=name, directions=DIRECTIONS)
+        _replay(study, read_ledger(folder / LEDGER))
+    return study
+
+
+def write_ledger(folder: Path, study: optuna.Study) -> None:
+    """Copy the finished trials of a shared study to the folder, where readers look for them."""
+    lines = [_line_of(trial) for trial in _finished(study)]
+    write_file_atomically(folder / LEDGER, b"".join(lines))
 
 
 def _trial_of(entry: Mapping[str, Any]) -> tuple[int, FrozenTrial]:
@@ -280,6 +323,17 @@ def _trial_of(entry: Mapping[str, Any]) -> tuple[int, FrozenTrial]:
     return entry["number"], trial
 
 
+def check_shared(url: str) -> None:
+    """Raise UnsupportedError EQ-4320 if a database cannot be shared by several processes."""
+    if url.startswith("sqlite"):
+        raise UnsupportedError(
+            "EQ-4320",
+            "one SQLite file cannot be shared by several processes",
+            path=hidden(url),
+            hint="give a PostgreSQL URL, or leave the storage out for one process",
+        )
+
+
 def open_database(url: str, name: str, *, create: bool) -> optuna.Study:
     """A study in a database that several processes share, with heartbeats.
 
@@ -292,13 +346,7 @@ def open_database(url: str, name: str, *, create: bool) -> optuna.Study:
         UnsupportedError: EQ-4320, if it is SQLite or the driver is not installed.
         StorageError: EQ-6306, if there is no such study; EQ-6304, if the database cannot be used.
     """
-    if url.startswith("sqlite"):
-        raise UnsupportedError(
-            "EQ-4320",
-            "one SQLite file cannot be shared by several processes",
-            path=hidden(url),
-            hint="give a PostgreSQL URL, or leave the storage out for one process",
-        )
+    check_shared(url)
     with storage_errors(hidden(url)), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = RDBStorage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from edgeqdm.errors import EdgeqdmError, InputError, NumericalError, StorageErro
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.profile.predict import LatencyModel, StorageModel
 from edgeqdm.quantize.quantizer import QuantizedDenoiser
+from edgeqdm.search import storage
 from edgeqdm.search.space import Candidate, Param, SearchSpace
 from edgeqdm.search.storage import append_to_ledger, read_ledger, storage_errors
 
@@ -32,6 +34,7 @@ PRUNE_DEVIATIONS = 2.0
 MAX_ATTEMPTS = 3
 MAX_IDLE = 200
 """Trials in a row that are pruned or fail, after which the space is taken as exhausted."""
+SETTLE_S = 1.0
 FINGERPRINT, ORIGIN = "fingerprint", "origin"
 Progress = Callable[[int, int], None]
 
@@ -42,6 +45,15 @@ class Judge(Protocol):
     def quantized(self, plan: DeploymentPlan) -> QuantizedDenoiser: ...
 
     def image_sqnr_db(self, quantized: QuantizedDenoiser, images: range) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Price:
+    """What is known of a plan before it is run."""
+
+    latency_us: float
+    disk_bytes: int
+    resident_bytes: int
 
 
 @dataclass(frozen=True)
@@ -56,14 +68,17 @@ class Limits:
     latency_us: float | None = None
     disk_bytes: int | None = None
 
+    def excess(self, price: Price) -> dict[str, float]:
+        """By how much a price is beyond each limit there is, relative; 0 or less keeps it."""
+        found = {}
+        if self.latency_us is not None:
+            found["latency"] = price.latency_us / self.latency_us - 1
+        if self.disk_bytes is not None:
+            found["bytes"] = price.disk_bytes / self.disk_bytes - 1
+        return found
 
-@dataclass(frozen=True)
-class Price:
-    """What is known of a plan before it is run."""
-
-    latency_us: float
-    disk_bytes: int
-    resident_bytes: int
+    def keeps(self, price: Price) -> bool:
+        return all(value <= 0 for value in self.excess(price).values())
 
 
 @dataclass(frozen=True)
@@ -176,17 +191,12 @@ def suggest(trial: optuna.Trial, space: SearchSpace) -> Candidate:
 
 
 def _beyond(trial: optuna.Trial, price: Price, limits: Limits) -> bool:
-    """Whether the price breaks a limit; tells Optuna by how much, relative."""
-    excess = {}
-    if limits.latency_us is not None:
-        excess["latency"] = price.latency_us / limits.latency_us - 1
-    if limits.disk_bytes is not None:
-        excess["bytes"] = price.disk_bytes / limits.disk_bytes - 1
+    """Whether the price breaks a limit; tells Optuna by how much."""
     known = trial.constraints
-    for name, value in excess.items():
+    for name, value in limits.excess(price).items():
         if name not in known:
             trial.set_constraint(name, value)
-    return any(value > 0 for value in excess.values())
+    return not limits.keeps(price)
 
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:
@@ -317,22 +327,21 @@ def prepare(
     Raises:
         StorageError: EQ-6310, if the study was made for something else; names what differs.
     """
-    check_fingerprint(study, fingerprint, required=False)
-    if FINGERPRINT not in study.user_attrs:
-        study.set_user_attr(FINGERPRINT, dict(fingerprint))
+    check_fingerprint(study, fingerprint)
     there = {t.user_attrs.get(ORIGIN) for t in study.get_trials(deepcopy=False)}
     for origin, params in starts:
         if origin not in there:
             study.enqueue_trial(dict(params), user_attrs={ORIGIN: origin})
+    # Last: workers take it for the sign that all is there.
+    if FINGERPRINT not in study.user_attrs:
+        study.set_user_attr(FINGERPRINT, dict(fingerprint))
 
 
-def check_fingerprint(
-    study: optuna.Study, fingerprint: Mapping[str, str], *, required: bool = True
-) -> None:
-    """Raise StorageError EQ-6310 unless the study's trials depend on the same things."""
+def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, str]) -> None:
+    """Raise StorageError EQ-6310 if the study's trials depend on other things; new ones pass."""
     stored = study.user_attrs.get(FINGERPRINT)
-    if stored is not None or required:
-        check_same(stored or {}, fingerprint, study.study_name)
+    if stored is not None:
+        check_same(stored, fingerprint, study.study_name)
 
 
 def check_same(
@@ -418,6 +427,10 @@ class Owner:
             return self._tell(trial, TrialState.FAIL, None)
         try:
             values = _with_reason(self.objective)(trial)
+        except (KeyboardInterrupt, SystemExit):
+            # Who stops a search does not say anything of its trial.
+            trial.set_user_attr("attempts", attempts - 1)
+            raise
         except optuna.TrialPruned:
             return self._tell(trial, TrialState.PRUNED, None)
         except NumericalError:
@@ -471,7 +484,7 @@ def work_on(
     """Go on with a study that other processes work on too, until `target` trials are complete.
 
     One trial at a time through `study.optimize`: only there does Optuna beat the heart and take
-    trials of dead workers up again.
+    trials of dead workers up again. At the end no trial is running.
     """
     idle, judged = 0, _with_reason(objective)
     with storage_errors(study.study_name), warnings.catch_warnings():
@@ -483,9 +496,24 @@ def work_on(
             study.optimize(judged, n_trials=1, catch=(NumericalError,))
             idle = 0 if n_complete(study) > done else idle + 1
             check_failures(study)
-        optuna.storages.fail_stale_trials(study)
+        _settle(study)
     if progress is not None:
         progress(min(done, target), target)
+
+
+def _settle(study: optuna.Study) -> None:
+    """Wait until no trial is running: others end theirs, and those of the dead are failed.
+
+    One that lives longer than a dead one would is left to whom it belongs.
+    """
+    waited, before = 0.0, -1
+    while running := study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        waited = waited + SETTLE_S if len(running) == before else 0.0
+        if waited > storage.GRACE_S + storage.HEARTBEAT_S:
+            return
+        before = len(running)
+        time.sleep(SETTLE_S)
+        optuna.storages.fail_stale_trials(study)
 
 
 def front(study: optuna.Study, limits: Limits | None = None) -> list[FrozenTrial]:

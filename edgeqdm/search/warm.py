@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from edgeqdm.search.exact import Additive, Shared, fastest, optimum, slowest_us
 from edgeqdm.search.space import Candidate, SearchSpace
 from edgeqdm.search.study import Limits, Pricing
 
+Progress = Callable[[int, int], None]
 LEAST_RUNGS, MOST_RUNGS = 6, 48
 PHASE_GAIN = 0.1
 """Of the damage, that one more phase must take away to be worth its weights."""
@@ -27,18 +28,26 @@ def ladder(
     *,
     limits: Limits,
     n: int,
+    progress: Progress | None = None,
 ) -> list[tuple[str, Candidate]]:
     """Candidates to begin with, each with where it comes from, no two alike.
 
     Every precision alone; then, for `n` budgets between the fastest plan and the one of least
     damage, the candidate of least total damage, of as many phases as are worth it (`PHASE_GAIN`).
     Phases begin where the ranges of the sensitivities begin.
+
+    Args:
+        pricing: of the space.
+        sensitivity: damage of its layers.
+        limits: that optima keep.
+        n: budgets.
+        progress: told of every budget.
     """
     space = pricing.space
     found: dict[Candidate, str] = {}
     for precision in _precisions(space):
         found.setdefault(space.uniform(precision).merged(), f"uniform {precision}")
-    for budget, candidate in _optima(pricing, sensitivity, limits, n):
+    for budget, candidate in _optima(pricing, sensitivity, limits, n, progress):
         told = f"additive optimum, {_phases(len(candidate.starts))}, {budget / 1e3:.3f} ms"
         found.setdefault(candidate.merged(), told)
     return [(origin, candidate) for candidate, origin in found.items()]
@@ -57,21 +66,36 @@ def _precisions(space: SearchSpace) -> list[Precision]:
     return list(dict.fromkeys(c for group in space.groups for c in group.choices))
 
 
-def fastest_plan_us(pricing: Pricing) -> float:
-    """Predicted latency of the fastest plan of a space."""
-    space = pricing.space
-    choices = fastest(additive(pricing, None, (0,)))
-    mine = tuple(g.choices[c] for g, c in zip(space.groups, choices, strict=True))
-    return pricing.price(Candidate((0,), (mine,))).latency_us
+def fastest_plan_us(pricing: Pricing, max_bytes: int | None = None) -> float | None:
+    """Predicted latency of the fastest plan of a space; None if none is small enough."""
+    choices = _fastest(pricing, additive(pricing, None, (0,)), max_bytes)
+    if choices is None:
+        return None
+    return pricing.price(_candidate(pricing, (0,), [choices])).latency_us
+
+
+def _fastest(pricing: Pricing, model: Additive, max_bytes: int | None) -> list[int] | None:
+    room = _room(pricing, 1, max_bytes)
+    return None if room is not None and room <= 0 else fastest(model, max_bytes=room)
+
+
+def _room(pricing: Pricing, n_phases: int, max_bytes: int | None) -> int | None:
+    return None if max_bytes is None else max_bytes - _bytes_beside(pricing, n_phases)
+
+
+def _candidate(
+    pricing: Pricing, starts: tuple[int, ...], choices: Sequence[Sequence[int]]
+) -> Candidate:
+    groups = pricing.space.groups
+    precisions = [tuple(g.choices[c] for g, c in zip(groups, m, strict=True)) for m in choices]
+    return Candidate(starts, tuple(precisions))
 
 
 def least_bytes(pricing: Pricing) -> int:
     """Predicted bytes of the smallest plan of a space."""
-    space = pricing.space
     model = additive(pricing, None, (0,))
     choices = [int(np.argmin(each)) for each in model.disk_bytes]
-    mine = tuple(g.choices[c] for g, c in zip(space.groups, choices, strict=True))
-    return pricing.price(Candidate((0,), (mine,))).disk_bytes
+    return pricing.price(_candidate(pricing, (0,), [choices])).disk_bytes
 
 
 def additive(
@@ -88,9 +112,8 @@ def additive(
     known = (
         {}
         if sensitivity is None
-        else {(entry.layer, entry.precision): entry.propagated for entry in sensitivity.entries}
+        else {(entry.layer, entry.precision): entry for entry in sensitivity.entries}
     )
-    ranges = () if sensitivity is None else sensitivity.ranges
 
     def damage(layers: Sequence[str], choice: Precision, start: int, stop: int) -> float:
         total = 0.0
@@ -101,10 +124,7 @@ def additive(
             measured = known.get((layer, precision))
             if measured is None:
                 return math.inf
-            total += sum(
-                value * max(0, min(stop, r.stop) - max(start, r.start)) / (r.stop - r.start)
-                for value, r in zip(measured, ranges, strict=True)
-            )
+            total += sensitivity.damage(measured, start, stop)
         return total
 
     users, shared = _shared(pricing)
@@ -158,7 +178,11 @@ def _shared(pricing: Pricing) -> tuple[list[np.ndarray], list[Shared]]:
 
 
 def _optima(
-    pricing: Pricing, sensitivity: SensitivityReport, limits: Limits, n: int
+    pricing: Pricing,
+    sensitivity: SensitivityReport,
+    limits: Limits,
+    n: int,
+    progress: Progress | None,
 ) -> list[tuple[float, Candidate]]:
     inner = [r.start for r in sensitivity.ranges[1:]]
     by_phases = [
@@ -169,15 +193,19 @@ def _optima(
         for n_phases in range(1, min(pricing.space.max_phases, len(inner) + 1) + 1)
     ]
     ((_, alone),) = by_phases[0]
-    fixed = fastest_plan_us(pricing) - alone.cost([fastest(alone)])[1]
-    least = alone.cost([fastest(alone)])[1]
+    first = _fastest(pricing, alone, limits.disk_bytes)
+    if first is None:
+        return []
+    least = alone.cost([first])[1]
+    # What no choice changes: layers outside the space, and everything that is no layer.
+    fixed = pricing.price(_candidate(pricing, (0,), [first])).latency_us - least
     most = max(slowest_us(model) for models in by_phases for _, model in models)
     if limits.latency_us is not None:
         most = min(most, limits.latency_us - fixed)
     if most < least:
         return []
     found = []
-    for budget in _budgets(least, most, n):
+    for done, budget in enumerate(_budgets(least, most, n), start=1):
         best: tuple[float, Candidate] | None = None
         for models in by_phases:
             mine = _least_damage(pricing, models, budget, limits.disk_bytes)
@@ -185,6 +213,8 @@ def _optima(
                 best = mine
         if best is not None:
             found.append((budget + fixed, best[1]))
+        if progress is not None:
+            progress(done, n)
     return found
 
 
@@ -197,7 +227,7 @@ def _least_damage(
     """The best optimum of models with as many phases; its damage and the candidate."""
     best: tuple[float, Candidate] | None = None
     for starts, model in models:
-        room = None if max_bytes is None else max_bytes - _bytes_beside(pricing, len(starts))
+        room = _room(pricing, len(starts), max_bytes)
         if room is not None and room <= 0:
             continue
         choices = optimum(model, budget_us=budget_us, max_bytes=room)
@@ -205,11 +235,7 @@ def _least_damage(
             continue
         damage = model.cost(choices)[0]
         if best is None or damage < best[0]:
-            groups = pricing.space.groups
-            precisions = tuple(
-                tuple(g.choices[c] for g, c in zip(groups, mine, strict=True)) for mine in choices
-            )
-            best = damage, Candidate(starts, precisions)
+            best = damage, _candidate(pricing, starts, choices)
     return best
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from edgeqdm.bench.heatmap import (
     FLOOR_DB,
+    KINDS,
     PICTURES,
     PLOTS,
     check_plot,
@@ -52,7 +53,9 @@ def report_of(*layers: str) -> SensitivityReport:
     )
 
 
-def pareto(*, measured: bool) -> ParetoReport:
+def pareto(
+    *, measured: bool, origins: tuple[str, ...] = ("search", "uniform w8a8", "search")
+) -> ParetoReport:
     plans = tuple(
         FoundPlan(
             trial=k,
@@ -65,7 +68,7 @@ def pareto(*, measured: bool) -> ParetoReport:
             measured_ms=1.1 + k if measured else None,
             measured_sqnr_db=9.0 * k if measured else None,
         )
-        for k, origin in enumerate(["search", "uniform w8a8", "search"])
+        for k, origin in enumerate(origins)
     )
     return ParetoReport(
         study="tiny",
@@ -160,6 +163,23 @@ def test_a_front_is_drawn_the_same_every_time(suffix: str, measured: bool) -> No
     one, other = (draw_front(pareto(measured=measured), suffix) for _ in range(2))
     assert one == other
     assert one.startswith(MAGIC[suffix])
+
+
+ADDITIVE = "additive optimum, 2 phases, 1.250 ms"
+
+
+@pytest.mark.parametrize(
+    ("origins", "kinds"),
+    [
+        (("uniform w8a8",), {"uniform"}),
+        ((ADDITIVE, "uniform fp32"), {"additive optimum", "uniform"}),
+        (("search", ADDITIVE, "uniform w8"), {"additive optimum", "search", "uniform"}),
+    ],
+)
+def test_a_front_tells_where_its_plans_come_from(origins: tuple[str, ...], kinds: set[str]) -> None:
+    drawn = draw_front(pareto(measured=False, origins=origins), ".svg").decode()
+    # Text is drawn as paths; what it says stands before it in a comment.
+    assert {kind for kind in KINDS if f"<!-- {kind} -->" in drawn} == kinds
 
 
 def test_a_front_without_plans_is_drawn() -> None:

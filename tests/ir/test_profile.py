@@ -26,6 +26,7 @@ from edgeqdm.ir.profile import (
     Flag,
     KitGraph,
     KitHeader,
+    KitManifest,
     KitSamples,
     LatencyEntry,
     LatencyProfile,
@@ -220,15 +221,42 @@ def test_changing_any_field_breaks_the_seal() -> None:
     ("key", "text"),
     [
         (LINEAR, "linear 1x16x16 * 16x16"),
-        (CONV, "conv2d 1x8x4x4 * 16x8x3x3 s2 p1"),
+        (LINEAR.model_copy(update={"bias": False}), "linear 1x16x16 * 16x16 no bias"),
+        (CONV, "conv2d 1x8x4x4 * 16x8x3x3 s2 p1 no bias"),
         (
-            CONV.model_copy(update={"groups": 4, "padding": (0, 0)}),
+            CONV.model_copy(update={"groups": 4, "padding": (0, 0), "bias": True}),
             "conv2d 1x8x4x4 * 16x8x3x3 s2 g4",
+        ),
+        (
+            CONV.model_copy(update={"stride": (2, 1), "padding": (0, 1), "dilation": (1, 2)}),
+            "conv2d 1x8x4x4 * 16x8x3x3 s2x1 p0x1 d1x2 no bias",
         ),
     ],
 )
 def test_an_operation_is_shown_on_one_line(key: OpKey, text: str) -> None:
     assert str(key) == text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("input_shape", (1, 8, 4, 5)),
+        ("weight_shape", (16, 8, 3, 1)),
+        ("bias", True),
+        ("stride", (2, 1)),
+        ("padding", (1, 0)),
+        ("dilation", (1, 2)),
+        ("groups", 2),
+    ],
+)
+def test_operations_that_differ_are_shown_differently_and_are_two_entries(
+    field: str, value: Any
+) -> None:
+    other = CONV.model_copy(update={field: value})
+    assert str(other) != str(CONV)
+    again = [e.model_copy(update={"key": other}) for e in PROFILE.entries if e.key == CONV]
+    fields = dict(PROFILE) | {"entries": (*PROFILE.entries, *again)}
+    assert len(LatencyProfile(**fields).entries) == 6
 
 
 def test_figures_that_nothing_may_be_decided_on_are_not_those_that_are_merely_rough() -> None:
@@ -408,6 +436,7 @@ def doubled(field: str) -> bytes:
     [
         ("entries", ("linear 1x16x16 * 16x16 at fp32",)),
         ("boundaries", ("quantize", "1x16x16")),
+        ("wholes", ("wholes[1]",)),
     ],
 )
 def test_what_has_two_latencies_is_refused_and_named(field: str, told: tuple[str, ...]) -> None:
@@ -415,6 +444,16 @@ def test_what_has_two_latencies_is_refused_and_named(field: str, told: tuple[str
         parse_record(doubled(field), LatencyProfile, name="x")
     assert "more than one" in caught.value.message
     assert all(part in caught.value.message for part in told)
+
+
+def test_a_layer_in_fp32_and_one_left_out_are_the_same_network() -> None:
+    (first,) = json.loads(STORED)["wholes"]
+    again = {**first, "precisions": {"mid.to_q": "w8a8"}}
+    with pytest.raises(InputError, match=r"wholes\[1\] has more than one entry"):
+        parse_record(edited("wholes", value=[first, again]), LatencyProfile, name="x")
+    for other in ({"model": "1" * 64}, {"batch": 2}, {"precisions": {"mid.to_q": "w4a8"}}):
+        data = edited("wholes", value=[first, first | other])
+        assert len(parse_record(data, LatencyProfile, name="x").wholes) == 2
 
 
 def test_one_operation_at_two_precisions_is_two_entries() -> None:
@@ -456,6 +495,26 @@ def test_a_text_is_short_printable_ascii(path: tuple[str, ...], text: str, tmp_p
     assert refusal(edited(*path, value=text), tmp_path).message.startswith(".".join(path))
 
 
+NO_TIMES = ["yesterday", "2026-08-01T12:00:00", "2026-13-01T00:00:00Z", "2026-08-01", "", "1"]
+
+
+@pytest.mark.parametrize("created", NO_TIMES)
+def test_a_time_that_is_none_or_has_no_zone_is_named_by_its_field(
+    created: str, tmp_path: Path
+) -> None:
+    message = refusal(edited("created", value=created), tmp_path).message
+    assert message.startswith("created: ")
+    assert "(and " not in message
+    if created:
+        assert repr(created) in message
+        assert "write it as 2026-11-01T12:00:00Z" in message
+
+
+@pytest.mark.parametrize("created", ["2026-11-01T12:00:00Z", "2026-11-01T12:00:00.5+05:30"])
+def test_a_time_in_any_zone_is_kept_as_it_was_written(created: str) -> None:
+    assert LatencyProfile(**(dict(PROFILE) | {"created": created})).created == created
+
+
 @pytest.mark.parametrize("name", ["1", "00001", "../0", "0000\n", "abcd"])
 def test_a_graph_of_a_kit_is_named_by_four_digits(name: str) -> None:
     with pytest.raises(ValidationError):
@@ -468,11 +527,62 @@ def test_samples_of_a_kit_are_at_least_one_and_plausible(us: tuple[float, ...]) 
         KitSamples(graph="0000", round=0, us=us)
 
 
-@pytest.mark.parametrize("changes", [{"ci_target": 0.0}, {"seconds": 0.0}, {"threads": 0}])
-def test_a_header_without_sense_is_refused(changes: dict[str, float]) -> None:
+def graph(name: str, role: Any, **fields: Any) -> KitGraph:
+    return KitGraph(name=name, role=role, files={}, inputs=(), **fields)
+
+
+KIT_GRAPHS = (
+    graph("0000", "reference"),
+    graph("0001", "overhead"),
+    graph("0002", "entry", key=LINEAR, precision=FP32),
+    graph("0003", "boundary", boundary=BoundaryKind.QUANTIZE, shape=(1, 4)),
+    graph("0004", "whole", precisions={"conv_in": W8A8}),
+)
+
+
+def manifest_of(graphs: tuple[KitGraph, ...]) -> KitManifest:
+    return KitManifest(
+        edgeqdm_version="0.1.0",
+        target="onnxruntime",
+        model="0" * 64,
+        model_name="tiny",
+        batch=1,
+        graphs=graphs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("graphs", "told"),
+    [
+        (KIT_GRAPHS[1:], "no reference graph"),
+        ((KIT_GRAPHS[0], *KIT_GRAPHS[2:]), "no overhead graph"),
+        ((), "no reference graph"),
+        *(
+            ((*KIT_GRAPHS, each.model_copy(update={"name": "0005"})), "0005 is there twice")
+            for each in KIT_GRAPHS
+        ),
+        ((*KIT_GRAPHS, graph("0004", "whole")), "0004 is there twice"),
+    ],
+)
+def test_a_kit_that_no_profile_can_be_made_of_is_refused_with_what_to_do(
+    graphs: tuple[KitGraph, ...], told: str
+) -> None:
+    sound = manifest_of(KIT_GRAPHS)
+    damaged = dump_record(sound.model_copy(update={"graphs": graphs}))
+    with pytest.raises(InputError, match="make the kit again") as caught:
+        parse_record(damaged, KitManifest, name="kit.json")
+    assert caught.value.message.startswith("graphs: ")
+    assert told in caught.value.message
+    assert parse_record(dump_record(sound), KitManifest, name="kit.json") == sound
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ci_target": 0.0}, {"seconds": 0.0}, {"threads": 0}, {"created": "now"}]
+)
+def test_a_header_without_sense_is_refused(changes: dict[str, Any]) -> None:
     fields: dict[str, Any] = {
         "kit_sha256": "0" * 64,
-        "created": "now",
+        "created": "2026-11-01T12:00:00Z",
         "device": PROFILE.device,
         "runtime": PROFILE.runtime,
         "threads": 1,

@@ -30,8 +30,11 @@ from edgeqdm.ir.profile import (
     is_sealed,
     sealed_profile,
 )
+from edgeqdm.models.load import load
 from edgeqdm.profile import adopt
 from edgeqdm.profile.adopt import PROFILE, merged, read_profile, refused_flags, shipped_profiles
+from edgeqdm.profile.opkeys import network_keys
+from edgeqdm.testing.tiny import tiny_embeddings, write_tiny_conditional_unet
 
 CREATED = datetime(2026, 8, 1, 12, tzinfo=UTC)
 W4A8 = Precision("w4a8")
@@ -156,6 +159,7 @@ def test_every_profile_that_comes_with_edgeqdm_can_be_used() -> None:
         found = read_profile(name)
         assert found.accepted == ()
         assert found.profile.entries
+        assert not any("outlier" in warning for warning in found.warnings)
 
 
 @pytest.mark.parametrize("name", ["pixel-99", "../elsewhere", "nul\0byte", "x" * 300, ""])
@@ -258,10 +262,20 @@ def test_an_age_is_counted_across_time_zones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("created", ["yesterday", "2026-08-01T12:00:00", "2026-13-01T00:00:00Z"])
-def test_a_time_that_is_none_or_has_no_zone_is_refused(created: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="EQ-3524") as caught:
-        warnings_of(tmp_path, created=created)
-    assert created in caught.value.message
+def test_a_time_that_is_none_or_has_no_zone_is_refused_by_file_and_field(
+    created: str, tmp_path: Path
+) -> None:
+    path = stored(tmp_path, profile_of())
+    path.write_text(path.read_text().replace("2026-08-01T12:00:00Z", created))
+    with pytest.raises(InputError) as caught:
+        read_profile(path)
+    assert caught.value.path == str(path)
+    assert caught.value.message.startswith(f"created: {created!r} is no time with a zone; write")
+
+
+def test_a_profile_of_the_future_is_told_as_a_wrong_clock(tmp_path: Path) -> None:
+    (told,) = warnings_of(tmp_path, age=timedelta(days=-2))
+    assert told == "created in the future, 2026-08-01T12:00:00Z: a clock was wrong"
 
 
 def test_estimated_entries_are_counted(tmp_path: Path) -> None:
@@ -275,6 +289,63 @@ def test_an_entry_given_in_another_unit_is_called_an_outlier(tmp_path: Path) -> 
     told = warnings_of(tmp_path, entries=(*others, entry(64, W4A8, 42_000.0)))
     assert told == ("outlier: linear 1x16x64 * 64x64 at w4a8",)
     assert warnings_of(tmp_path, entries=others) == ()
+
+
+@pytest.mark.parametrize("us", [(100.0, 100_000.0), (100_000.0, 100.0)])
+def test_of_two_entries_far_apart_both_are_called_outliers(
+    us: tuple[float, float], tmp_path: Path
+) -> None:
+    entries = tuple(entry(64, p, each) for p, each in zip((FP32, W8A8), us, strict=True))
+    assert warnings_of(tmp_path, entries=entries) == (
+        "outlier: linear 1x16x64 * 64x64 at fp32",
+        "outlier: linear 1x16x64 * 64x64 at w8a8",
+    )
+
+
+@pytest.mark.parametrize(
+    ("us", "outliers"),
+    [
+        ((120_000.0, 40_000.0, 90.0), ["w4a8"]),
+        ((120_000.0, 40.0, 90.0), ["fp32"]),
+        ((120.0, 40.0, 90.0), []),
+        # Below 5 us nothing is a slip of the unit: what is left is the noise of the overhead.
+        ((120.0, 40.0, 2.6), []),
+        ((120_000.0,), []),
+    ],
+)
+def test_an_entry_far_above_or_below_most_others_is_an_outlier(
+    us: tuple[float, ...], outliers: list[str], tmp_path: Path
+) -> None:
+    entries = tuple(entry(64, p, each) for p, each in zip((FP32, W8A8, W4A8), us, strict=False))
+    told = warnings_of(tmp_path, entries=entries)
+    assert told == tuple(f"outlier: linear 1x16x64 * 64x64 at {p}" for p in outliers)
+
+
+def test_operations_that_differ_in_their_bias_are_not_compared(tmp_path: Path) -> None:
+    plain = linear(64).model_copy(update={"bias": False})
+    slow = entry(64, FP32, 90_000.0).model_copy(update={"key": plain})
+    assert warnings_of(tmp_path, entries=(entry(64, FP32, 90.0), slow)) == ()
+
+
+def test_every_operation_of_a_network_with_cross_attention_can_stand_in_one_profile(
+    tmp_path: Path,
+) -> None:
+    """Its queries have no bias and its outputs have one, of the same shapes."""
+    denoiser = load(
+        write_tiny_conditional_unet(tmp_path / "model"),
+        scheduler="ddim",
+        steps=2,
+        conditioning=tiny_embeddings(2),
+    )
+    keys = set(network_keys(denoiser).keys.values())
+    assert {k for k in keys if k.model_copy(update={"bias": not k.bias}) in keys}
+    entries = tuple(
+        entry(16, precision, 30.0).model_copy(update={"key": key})
+        for key in keys
+        for precision in (FP32, W8A8)
+    )
+    profile = profile_of(entries=entries)
+    assert read_profile(stored(tmp_path, profile)).profile == profile
 
 
 def test_no_more_than_ten_outliers_are_listed(tmp_path: Path) -> None:
@@ -319,6 +390,13 @@ def test_flags_of_either_device_run_are_kept() -> None:
     assert merged(NEW, OLD).flags == (Flag.EMULATOR,)
     both = merged(profile_of(flags=(Flag.LOW_BATTERY,)), NEW)
     assert set(both.flags) == {Flag.LOW_BATTERY, Flag.EMULATOR}
+
+
+def test_a_network_is_the_same_with_its_layers_in_fp32_left_out(tmp_path: Path) -> None:
+    shorter = whole(FP32, 150.0).model_copy(update={"precisions": {}})
+    found = merged(OLD, profile_of(created=NEW.created, wholes=(shorter,)))
+    assert found.wholes == (shorter,)
+    assert read_profile(stored(tmp_path, found)).profile == found
 
 
 def test_what_was_merged_reads_back(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -190,6 +194,59 @@ def test_the_tool_needs_only_numpy_and_the_runtime(small: Path) -> None:
     assert done.stdout.endswith("results-1.jsonl: done\n")
 
 
+@pytest.fixture(scope="module")
+def bench(kit: Kit) -> ModuleType:
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("bench", kit.path / "bench.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "protocol", protocol)
+        spec.loader.exec_module(module)
+    return module
+
+
+X86 = "processor : 0\nmodel name\t: AMD EPYC\nflags : sse avx2 avx512_vnni\n\nprocessor : 1\n"
+BOARD = "".join(
+    f"processor : {k}\nFeatures : fp asimddp\nCPU implementer : 0x41\nCPU part : {part}\n\n"
+    for k, part in enumerate(("0xd05", "0xd05", "0xd0b"))
+)
+ARM32 = "processor : 0\nmodel name : ARMv7 Processor rev 4 (v7l)\nHardware : BCM2711\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "board", "name", "features"),
+    [
+        (X86, None, "AMD EPYC", ["avx2", "avx512_vnni"]),
+        (BOARD, "Raspberry Pi 5 Model B Rev 1.0\0", "Raspberry Pi 5 Model B Rev 1.0", ["asimddp"]),
+        (BOARD, None, "aarch64 0x41/0xd05 0x41/0xd0b", ["asimddp"]),
+        (BOARD, "\0", "aarch64 0x41/0xd05 0x41/0xd0b", ["asimddp"]),
+        (ARM32, None, "BCM2711", []),
+        (ARM32, "Raspberry Pi 4\0", "Raspberry Pi 4", []),
+        (None, "caf\u00e9 " + "x" * 300, ("caf " + "x" * 300)[:200], []),
+        ("", None, "aarch64", []),
+        (None, None, "aarch64", []),
+    ],
+)
+def test_a_device_is_named_by_its_board_or_its_cores(
+    cpuinfo: str | None,
+    board: str | None,
+    name: str,
+    features: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("platform.processor", lambda: "")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    if board is not None:
+        (tmp_path / "device-tree").mkdir()
+        (tmp_path / "device-tree" / "model").write_text(board, encoding="utf-8")
+    assert protocol.cpu(tmp_path) == (name, features)
+
+
 def is_exact(profile: LatencyProfile) -> bool:
     """Without VNNI, x86 adds uint8 x int8 in saturating 16 bits."""
     vnni = {"avx512_vnni", "avx_vnni", "amx_int8"} & set(profile.device.features)
@@ -255,6 +312,19 @@ def test_a_folder_that_is_there_is_refused_before_the_work(kit: Kit, tmp_path: P
 def test_nothing_to_time_is_refused(kit: Kit, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="EQ-3501"):
         make_kit(kit.denoiser, kit.backend, KitRequest(entries=[]), tmp_path / "kit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_thing_twice_is_refused_before_the_work(kit: Kit, tmp_path: Path) -> None:
+    entry, shape = (kit.conv, FP32), (BoundaryKind.QUANTIZE, SHAPE)
+    names = [info.name for info in kit.denoiser.info.layers]
+    for request in (
+        KitRequest(entries=[entry, entry]),
+        KitRequest(entries=[entry], boundaries=[shape, shape]),
+        KitRequest(entries=[], wholes=[{}, dict.fromkeys(names, FP32)]),
+    ):
+        with pytest.raises(InputError, match="EQ-3508"):
+            make_kit(kit.denoiser, kit.backend, request, tmp_path / "kit")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -425,6 +495,171 @@ def test_the_tool_goes_on_after_it_was_killed(kit: Kit, tmp_path: Path) -> None:
     assert results_of(path).read_bytes().startswith(whole_lines)
 
 
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def is_free(file: Path) -> bool:
+    """Whether nobody holds the lock of a results file."""
+    with file.open("rb") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from edgeqdm.profile.host import run_kit
+run_kit(Path(sys.argv[1]), seconds=900.0)
+"""
+
+
+def test_the_tool_ends_with_whoever_started_it(small: Path) -> None:
+    results_of(small).unlink()
+    text = (small / "protocol.py").read_text()
+    assert "MAX_RUNS = 1000\n" in text
+    # Behind its header and the reference the tool is busy with one graph for five minutes, and says
+    # nothing that a broken pipe would stop.
+    (small / "protocol.py").write_text(text.replace("MAX_RUNS = 1000\n", "MAX_RUNS = 10**12\n"))
+    with subprocess.Popen([sys.executable, "-c", OWNER, str(small)]) as owner:
+        begun = eventually(lambda: n_lines(results_of(small)) >= 2 or owner.poll() is not None)
+        held = begun and not is_free(results_of(small))
+        owner.kill()
+    assert held
+    assert eventually(lambda: is_free(results_of(small)), seconds=5.0)
+
+
+def test_the_tool_run_by_hand_needs_no_input(small: Path) -> None:
+    command = [sys.executable, str(small / "bench.py"), "--seconds", str(SECONDS)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+
+
+def impatient(folder: Path) -> None:
+    """The kit's tool waits a moment only for another one."""
+    text = (folder / "bench.py").read_text()
+    assert "LOCK_SECONDS = 5.0" in text
+    (folder / "bench.py").write_text(text.replace("LOCK_SECONDS = 5.0", "LOCK_SECONDS = 0.1"))
+
+
+def test_a_second_run_on_the_same_results_is_refused_and_told_who_has_them(small: Path) -> None:
+    impatient(small)
+    before = results_of(small).read_bytes()
+    with results_of(small).open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ResourceError, match="EQ-9501") as caught:
+            run_kit(small, seconds=SECONDS)
+    told = f"{results_of(small)}: process {os.getpid()} is writing to it; wait for it to end"
+    assert "ended with 3: " + told in caught.value.message
+    assert caught.value.hint is None
+    assert results_of(small).read_bytes() == before
+    run_kit(small, seconds=SECONDS)
+
+
+def test_a_run_waits_for_one_that_is_ending(bench: ModuleType, small: Path) -> None:
+    with results_of(small).open("rb") as other, results_of(small).open("a+b", buffering=0) as mine:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        ending = threading.Timer(0.2, fcntl.flock, (other, fcntl.LOCK_UN))
+        ending.start()
+        bench.lock(mine, results_of(small))
+        ending.join()
+        assert not is_free(results_of(small))
+
+
+def test_where_there_are_no_locks_a_run_goes_on(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    with (tmp_path / "results").open("a+b", buffering=0) as file:
+        with monkeypatch.context() as patched:
+            patched.setattr(bench.fcntl, "flock", unknown)
+            bench.lock(file, tmp_path / "results")
+        monkeypatch.setattr(bench, "fcntl", None)
+        bench.lock(file, tmp_path / "results")
+
+
+Lines = list[bytes]
+
+
+@pytest.mark.parametrize(
+    ("damage", "line", "told"),
+    [
+        (lambda x: [*x[:4], x[4][:9] + x[5], *x[6:]], 5, "damaged; delete the line and run again"),
+        (lambda x: [*x[:4], b"", *x[4:]], 5, "damaged; delete the line and run again"),
+        (lambda x: [*x[:4], b"\xff\x00", *x[4:]], 5, "damaged; delete the line and run again"),
+        (lambda x: [*x[:4], b"[" * 99_999, *x[4:]], 5, "damaged; delete the line and run again"),
+        (lambda x: [*x, b"{}"], -1, "damaged; delete the line and run again"),
+        (lambda x: [*x, x[3]], -1, "is there twice; delete the line and run again"),
+        (lambda x: [*x[:4], x[0], *x[4:]], 5, "a second header; delete the file and run again"),
+        (lambda x: [x[0][:-9], *x[1:]], 1, "damaged, or of another tool; delete the file and run"),
+        (lambda x: x[1:], 1, "damaged, or of another tool; delete the file and run again"),
+    ],
+)
+def test_damaged_results_are_told_by_line_with_what_to_do(
+    damage: Callable[[Lines], Lines], line: int, told: str, small: Path
+) -> None:
+    lines = damage(results_of(small).read_bytes().splitlines())
+    before = b"\n".join(lines) + b"\n"
+    results_of(small).write_bytes(before)
+    with pytest.raises(ResourceError, match="EQ-9501") as caught:
+        run_kit(small, seconds=SECONDS)
+    number = len(lines) if line < 0 else line
+    assert f"ended with 3: {results_of(small)}, line {number}: " in caught.value.message
+    assert told in caught.value.message
+    assert results_of(small).read_bytes() == before
+
+
+def test_results_go_on_once_the_line_that_was_named_is_deleted(small: Path) -> None:
+    lines = results_of(small).read_bytes().splitlines()
+    results_of(small).write_bytes(b"\n".join([*lines[:4], *lines[5:], b""]))
+    assert len(run_kit(small, seconds=SECONDS).entries) == 1
+
+
+@pytest.mark.parametrize("text", [b"my notes", b"my notes\nof a day\n", b"{}\n{"])
+def test_a_file_of_something_else_is_left_as_it_was(
+    bench: ModuleType, text: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "notes.txt"
+    out.write_bytes(text)
+    with (
+        out.open("a+b", buffering=0) as file,
+        pytest.raises(bench.RefusedError, match=r"notes\.txt.*another"),
+    ):
+        bench.resume(file, out, {"schema_version": 1}, [])
+    assert out.read_bytes() == text
+
+
+class Full:
+    """A file that takes a few bytes at a time, and no more than fit."""
+
+    def __init__(self, room: int) -> None:
+        self.data, self.room = b"", room
+
+    def write(self, data: bytes) -> int:
+        taken = data[: min(3, self.room - len(self.data))]
+        if not taken:
+            raise OSError(28, "No space left on device")
+        self.data += taken
+        return len(taken)
+
+
+def test_a_line_is_written_whole_or_an_error_is_raised(bench: ModuleType) -> None:
+    enough, full = Full(100), Full(8)
+    bench.append(enough, b"ten bytes\n")
+    assert enough.data == b"ten bytes\n"
+    with pytest.raises(OSError, match="No space left"):
+        bench.append(full, b"ten bytes\n")
+
+
 def test_finished_results_are_only_read(small: Path) -> None:
     before = lines_of(small)
     run_kit(small, seconds=SECONDS)
@@ -455,6 +690,24 @@ def test_results_with_a_cut_last_line_are_refused_by_line_and_byte(cut: int, sma
 def test_empty_results_are_refused(small: Path) -> None:
     results_of(small).write_bytes(b"")
     assert "empty" in refusal(small, code="EQ-3503").message
+
+
+@pytest.mark.parametrize("role", ["reference", "overhead"])
+def test_a_kit_without_what_all_figures_are_relative_to_is_refused(role: str, small: Path) -> None:
+    manifest = read_record(small / KIT, KitManifest)
+    others = tuple(graph for graph in manifest.graphs if graph.role != role)
+    (small / KIT).write_bytes(dump_record(manifest.model_copy(update={"graphs": others})))
+    with pytest.raises(InputError, match=f"there is no {role} graph; make the kit again") as caught:
+        read_results(small, results_of(small))
+    assert caught.value.path == str(small / KIT)
+
+
+def test_results_of_a_device_without_a_clock_are_refused_by_field(small: Path) -> None:
+    header, *lines = lines_of(small)
+    store(small, [header | {"created": "some day"}, *lines])
+    with pytest.raises(InputError, match="created: 'some day' is no time with a zone") as caught:
+        read_results(small, results_of(small))
+    assert caught.value.path == f"{results_of(small)}, line 1"
 
 
 def test_a_round_that_is_there_twice_is_refused(small: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from edgeqdm.errors import UnsupportedError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.profile import OpKey
-from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.models.layers import get_layer
 from edgeqdm.models.load import load
 from edgeqdm.profile.opkeys import NetworkKeys, evaluation_batch, layer_of, network_keys
@@ -121,6 +123,43 @@ def test_cross_attention_shares_the_embedding_and_not_the_query(tmp_path: Path) 
         assert stem + "to_v" in group
         assert stem + "to_q" not in group
         assert network.keys[stem + "to_k"].input_shape[-1] == tiny.EMBEDDING_SHAPE[1]
+
+
+class Padded(nn.Module):
+    """Convolutions padded by name."""
+
+    def __init__(self, **last: Any) -> None:
+        super().__init__()
+        self.even = nn.Conv2d(4, 8, 3, padding="same")
+        self.wide = nn.Conv2d(8, 8, (3, 5), padding="same", dilation=(2, 1))
+        self.bare = nn.Conv2d(8, 8, 1, padding="valid")
+        self.last = nn.Conv2d(8, 4, **(last or {"kernel_size": 1}), padding="same")
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        found: Tensor = self.last(self.bare(self.wide(self.even(x))))
+        return found
+
+
+def wrapped(module: nn.Module) -> Denoiser:
+    inputs = (torch.zeros(1, 4, 8, 6), torch.zeros(1))
+    return wrap(module, DDIMScheduler(), inputs, steps=2)
+
+
+def test_padding_given_by_name_is_told_in_numbers() -> None:
+    keys = network_keys(wrapped(Padded())).keys
+    found = {name: key.padding for name, key in keys.items()}
+    assert found == {"even": (1, 1), "wide": (2, 2), "bare": (0, 0), "last": (0, 0)}
+    for key in keys.values():
+        assert layer_of(key)(torch.zeros(key.input_shape)).shape[2:] == key.input_shape[2:]
+
+
+# PyTorch warns that it copies the input.
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("last", [{"kernel_size": 2}, {"kernel_size": (3, 4)}])
+def test_a_layer_padded_unequally_is_refused_by_name(last: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match="EQ-4312") as caught:
+        network_keys(wrapped(Padded(**last)))
+    assert caught.value.path == "last"
 
 
 def test_the_denoiser_is_left_without_hooks(case: Case) -> None:

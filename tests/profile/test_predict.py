@@ -142,10 +142,13 @@ def whole(
 
 
 def mixes(n: int, *, choices: Sequence[Precision] = CHOICES) -> list[dict[str, Precision]]:
+    """Networks of which no two are the same."""
     generator = np.random.default_rng(n)
-    return [
-        {name: choices[int(generator.integers(len(choices)))] for name in WIDTHS} for _ in range(n)
-    ]
+    found: dict[tuple[Precision, ...], dict[str, Precision]] = {}
+    while len(found) < n:
+        mix = {name: choices[int(generator.integers(len(choices)))] for name in WIDTHS}
+        found[tuple(mix.values())] = mix
+    return list(found.values())
 
 
 def by_form(precisions: Mapping[str, Precision]) -> NDArray[np.float64]:

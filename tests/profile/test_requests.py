@@ -196,6 +196,21 @@ def test_whole_networks_are_one_per_precision_and_as_many_mixed_ones_as_asked() 
         assert len(request.wholes) == len(uniform) + n
 
 
+def test_no_network_is_asked_for_twice_and_the_mixed_ones_are_as_many() -> None:
+    few = NetworkKeys("0" * 64, 1, {"a": CONV, "b": CONV}, ())
+    offered = {kind: (FP32, W8A8) for kind in LayerKind}
+    for seed in range(5):
+        wholes = full_request(few, offered, n_wholes=2, seed=seed).wholes
+        assert len({tuple(network.values()) for network in wholes}) == len(wholes) == 4
+
+
+def test_a_network_of_few_mixes_is_asked_for_in_all_of_them_and_no_more() -> None:
+    single = NetworkKeys("0" * 64, 1, {"a": CONV}, ())
+    wholes = full_request(single, OFFERED).wholes
+    assert {network["a"] for network in wholes} == set(OFFERED[LayerKind.CONV2D])
+    assert len(wholes) == len(OFFERED[LayerKind.CONV2D])
+
+
 def test_a_request_is_the_same_for_the_same_seed_only() -> None:
     assert full_request(NETWORK, OFFERED) == full_request(NETWORK, OFFERED)
     assert full_request(NETWORK, OFFERED, seed=1) != full_request(NETWORK, OFFERED)

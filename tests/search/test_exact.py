@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import highspy
 import numpy as np
 import pytest
+from highspy import HighsModelStatus
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edgeqdm.errors import NumericalError
+from edgeqdm.search import exact
 from edgeqdm.search.exact import (
     GAP,
     Additive,
@@ -250,3 +255,86 @@ def test_what_was_not_measured_is_not_chosen_at_any_price() -> None:
     model = one_phase([[0.0, np.inf], [0.0, 1.0]], [[10.0, 4.0], [10.0, 5.0]])
     assert optimum(model, budget_us=15.0) == [[0, 1]]
     assert optimum(model, budget_us=14.0) is None
+
+
+# Where the solver stops.
+
+
+def knapsack() -> Additive:
+    """Too hard to be solved at the root: a phase wants what another one does not."""
+    generator = np.random.default_rng(1)
+    first = [
+        np.concatenate([[0.0], 10 ** generator.uniform(-6, -3, CHOICES - 1)]) for _ in range(60)
+    ]
+    faster = [np.concatenate([[1.0], generator.uniform(0.25, 0.9, CHOICES - 1)]) for _ in first]
+    smaller = [np.concatenate([[4.0], generator.uniform(0.5, 2.0, CHOICES - 1)]) for _ in first]
+    sizes = 10 ** generator.uniform(1, 3, len(first))
+    return Additive(
+        damage=[
+            [each * 10 ** generator.uniform(-0.7, 0.7) for each in first] for _ in range(PHASES)
+        ],
+        latency_us=[size * each for size, each in zip(sizes, faster, strict=True)],
+        disk_bytes=[100 * size * each for size, each in zip(sizes, smaller, strict=True)],
+        shares=[1 / PHASES] * PHASES,
+    )
+
+
+CHOICES, PHASES = 5, 3
+HARD = knapsack()
+HARD_BUDGET_US = fastest_us(HARD) + 0.3 * (slowest_us(HARD) - fastest_us(HARD))
+HARD_BYTES = 0.4 * sum(float(each.max()) for each in HARD.disk_bytes)
+
+
+@pytest.fixture(scope="module")
+def proven() -> list[list[int]] | None:
+    return optimum(HARD, budget_us=HARD_BUDGET_US, max_bytes=HARD_BYTES)
+
+
+class Watched(highspy.Highs):
+    """Remembers how every solve ended."""
+
+    ended: ClassVar[list[HighsModelStatus]] = []
+
+    def getModelStatus(self) -> HighsModelStatus:  # noqa: N802
+        self.ended.append(super().getModelStatus())
+        return self.ended[-1]
+
+
+class Late(highspy.Highs):
+    """Out of time at the very end, its best choice in hand."""
+
+    def getModelStatus(self) -> HighsModelStatus:  # noqa: N802
+        return HighsModelStatus.kTimeLimit
+
+
+def test_after_its_nodes_the_best_found_is_taken_and_it_is_always_the_same(
+    proven: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "NODES", 1)
+    monkeypatch.setattr(highspy, "Highs", Watched)
+    found = [optimum(HARD, budget_us=HARD_BUDGET_US, max_bytes=HARD_BYTES) for _ in range(3)]
+    assert HighsModelStatus.kSolutionLimit in Watched.ended
+    assert found[0] == found[1] == found[2]
+    assert found[0] is not None
+    assert proven is not None
+    damage, latency, stored = HARD.cost(found[0])
+    assert latency <= HARD_BUDGET_US * (1 + TOLERANCE)
+    assert stored <= HARD_BYTES * (1 + TOLERANCE)
+    assert HARD.cost(proven)[0] <= damage * (1 + GAP)
+
+
+def test_what_the_clock_cuts_short_is_no_optimum_however_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would be another one on a machine that is busier."""
+    monkeypatch.setattr(highspy, "Highs", Late)
+    with pytest.raises(NumericalError, match="Time limit") as caught:
+        optimum(one_phase([[0.0, 1.0]], [[10.0, 4.0]]), budget_us=5.0)
+    assert caught.value.code == "EQ-5610"
+
+
+def test_nodes_that_find_nothing_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "NODES", 0)
+    with pytest.raises(NumericalError, match="after 0 nodes") as caught:
+        optimum(HARD, budget_us=HARD_BUDGET_US, max_bytes=HARD_BYTES)
+    assert caught.value.code == "EQ-5610"

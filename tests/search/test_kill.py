@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,29 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from edgeqdm.search.storage import LEDGER, open_sqlite, read_ledger
+from edgeqdm.search.study import ORIGIN
 
 KILLS = int(os.environ.get("EDGEQDM_KILLS", "20"))
+KILLS_ON_DISK = max(3, KILLS // 4)
+"""A disk takes its time for every transaction."""
 TARGET = max(60, 3 * KILLS)
+N_STARTS = 27
 TRIALS_PER_KILL = (0, 1, 2, 3, 4)
 LONGEST_WAIT_S = 0.15
 """Of a kill after the trial it waited for: as long as a trial or two."""
+STARTS_PER_DEATH = (0, 1, 2, 1, 0, 2)
+"""Starts that are written down before a process dies over one of the next."""
+LONGEST_START_S = 0.02
+"""Of a death after the start it waited for: as long as a start or two."""
 PATIENCE_S = 60.0
 SEED = 5
 
 DRIVER = '''
 """Loads the search once and runs it in children, as many as asked for on standard input."""
 
+import itertools
 import os
+import signal
 import sys
 import time
 import traceback
@@ -50,7 +61,7 @@ from edgeqdm.ir.profile import OpKey
 from edgeqdm.profile.opkeys import NetworkKeys
 from edgeqdm.profile.predict import LatencyModel, StorageModel
 from edgeqdm.search import study as search
-from edgeqdm.search.space import make_space
+from edgeqdm.search.space import Candidate, make_space
 from edgeqdm.search.storage import LEDGER, locked, open_sqlite
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -96,14 +107,18 @@ def write_down(oracle):
     search.append_to_ledger = noted
 
 
+def every_start():
+    rows = itertools.product(SHARE, repeat=len(NAMES))
+    return [(" ".join(row), PRICING.space.params(Candidate((0,), (row,)))) for row in rows]
+
+
 def run(folder, oracle, target):
     write_down(oracle)
     with locked(folder):
-        study, _ = open_sqlite(folder, "study")
+        study, told = open_sqlite(folder, "study")
+        assert told == (), told
         study.sampler = search.NumberedSampler(sys.argv[1], 7)
-        space = PRICING.space
-        starts = [(str(p), space.params(space.uniform(p))) for p in SHARE]
-        search.prepare(study, {"model": "a"}, starts)
+        search.prepare(study, {"model": "a"}, every_start()[:target])
         objective = search.Objective(PRICING, Judge(), search.Limits())
         search.Owner(study, objective, folder / LEDGER).run(target)
 
@@ -120,16 +135,33 @@ def die_at_statement(number):
     event.listen(Engine, "before_cursor_execute", count)
 
 
+def die_among_starts(number, wait_s):
+    """The process is gone a moment after so many starts were written down."""
+    left = [number]
+    real = optuna.Study.enqueue_trial
+
+    def counted(*args, **options):
+        if left[0] == 0:
+            # Nothing handles the alarm, so it ends the process wherever that is.
+            signal.setitimer(signal.ITIMER_REAL, wait_s)
+        left[0] -= 1
+        real(*args, **options)
+
+    optuna.Study.enqueue_trial = counted
+
+
 PRICING = make_pricing()
 print("ready", flush=True)
 for line in sys.stdin:
-    target, statements, folder, oracle = line.rstrip("\\n").split("\\t")
+    target, statements, starts, wait_s, folder, oracle = line.rstrip("\\n").split("\\t")
     child = os.fork()
     if not child:
         status = 1
         try:
             if int(statements):
                 die_at_statement(int(statements))
+            if float(wait_s):
+                die_among_starts(int(starts), float(wait_s))
             run(Path(folder), oracle, int(target))
             status = 0
         except BaseException:
@@ -166,10 +198,27 @@ class Supervisor:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
-    def start(self, folder: Path, target: int, *, statements: int = 0) -> int:
-        """Begin or go on with a search; the number of its process."""
+    def start(
+        self,
+        folder: Path,
+        target: int,
+        *,
+        statements: int = 0,
+        starts: int = 0,
+        wait_s: float = 0.0,
+    ) -> int:
+        """Begin or go on with a search; the number of its process.
+
+        Args:
+            folder: of the search.
+            target: complete trials.
+            statements: of SQL, after which it dies; 0 for none.
+            starts: written down, after which it dies.
+            wait_s: how long after; 0 if it shall not.
+        """
         assert self._process.stdin is not None
-        told = (str(target), str(statements), str(folder), str(folder.with_suffix(".oracle")))
+        oracle = folder.with_suffix(".oracle")
+        told = map(str, (target, statements, starts, wait_s, folder, oracle))
         self._process.stdin.write("\t".join(told) + "\n")
         self._process.stdin.flush()
         return int(self._read())
@@ -229,33 +278,75 @@ def uninterrupted(supervisor: Supervisor, memory: Path) -> list[FrozenTrial]:
     return trials_in(folder)
 
 
-def kill_after(supervisor: Supervisor, folder: Path, n_trials: int, wait_s: float) -> int:
-    """Kill a running search when it has finished `n_trials` more; what it came to."""
-    before = len(oracle_of(folder))
-    child = supervisor.start(folder, TARGET)
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a kill can leave a transaction half written."""
+    return tmp_path_factory.mktemp("disk")
+
+
+def await_trials(folder: Path, number: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while len(oracle_of(folder)) < before + n_trials and time.monotonic() < deadline:
+    while len(oracle_of(folder)) < number and time.monotonic() < deadline:
         time.sleep(0.001)
-    time.sleep(wait_s)
-    # The parent has not waited for it yet, or it would be finished: the number is still its own.
-    os.kill(child, signal.SIGKILL)
-    return supervisor.wait()
+
+
+def kill_among_trials(supervisor: Supervisor, folder: Path, n: int, seed: int) -> None:
+    """Kill a search again and again, each time when it has finished a few more trials."""
+    generator = random.Random(seed)
+    last = 1
+    for _ in range(n):
+        # A trial is given up after three deaths: never two kills in a row without one finished.
+        number = generator.choice(TRIALS_PER_KILL if last else TRIALS_PER_KILL[1:])
+        before = len(oracle_of(folder))
+        child = supervisor.start(folder, TARGET)
+        await_trials(folder, before + number)
+        time.sleep(generator.uniform(0, LONGEST_WAIT_S))
+        # The parent has not waited for it yet, or it would be finished: the number is its own.
+        os.kill(child, signal.SIGKILL)
+        assert supervisor.wait() == -signal.SIGKILL, supervisor.errors()
+        last = number
+
+
+def end(supervisor: Supervisor, folder: Path) -> None:
+    supervisor.start(folder, TARGET)
+    assert supervisor.wait() == 0, supervisor.errors()
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A search on a disk, killed while it wrote down what to begin with.
+
+    Attributes:
+        folder: of the search, which has finished no trial.
+        there: starts that were written down at each kill.
+    """
+
+    folder: Path
+    there: tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def killed(supervisor: Supervisor, memory: Path) -> Path:
-    """A search that was killed `KILLS` times and then run to its end."""
-    folder = memory / "killed"
+def begun(supervisor: Supervisor, disk: Path) -> Begun:
+    folder, there = disk / "killed", []
     generator = random.Random(SEED)
-    last = 1
-    for _ in range(KILLS):
-        # A trial is given up after three deaths: never two kills in a row without one finished.
-        number = generator.choice(TRIALS_PER_KILL if last else TRIALS_PER_KILL[1:])
-        ended = kill_after(supervisor, folder, number, generator.uniform(0, LONGEST_WAIT_S))
-        assert ended == -signal.SIGKILL, supervisor.errors()
-        last = number
-    supervisor.start(folder, TARGET)
-    assert supervisor.wait() == 0, supervisor.errors()
+    for starts in STARTS_PER_DEATH:
+        wait_s = generator.uniform(0.001, LONGEST_START_S)
+        supervisor.start(folder, TARGET, starts=starts, wait_s=wait_s)
+        assert supervisor.wait() == -signal.SIGALRM, supervisor.errors()
+        there.append(len(trials_in(folder)))
+    assert not oracle_of(folder)
+    return Begun(folder, tuple(there))
+
+
+@pytest.fixture(scope="module", params=["memory", "disk"])
+def killed(
+    request: pytest.FixtureRequest, supervisor: Supervisor, memory: Path, begun: Begun
+) -> Path:
+    """A search that was killed again and again and then run to its end."""
+    on_disk = request.param == "disk"
+    folder = begun.folder if on_disk else memory / "killed"
+    kill_among_trials(supervisor, folder, KILLS_ON_DISK if on_disk else KILLS, SEED)
+    end(supervisor, folder)
     return folder
 
 
@@ -291,6 +382,23 @@ def test_a_killed_search_proposes_what_one_that_was_not_killed_proposes(
 def test_kills_ran_few_trials_again(killed: Path) -> None:
     again = sum(t.user_attrs["attempts"] - 1 for t in trials_in(killed))
     assert 0 < again <= KILLS
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_over_the_starts_loses_none_of_those_before(begun: Begun) -> None:
+    assert begun.there == tuple(sorted(begun.there))
+    assert begun.there[0] < begun.there[-1] <= N_STARTS
+
+
+@pytest.mark.slow
+def test_no_start_is_lost_and_none_is_written_down_twice(killed: Path) -> None:
+    origins = [t.user_attrs[ORIGIN] for t in trials_in(killed) if ORIGIN in t.user_attrs]
+    assert len(origins) == len(set(origins)) == N_STARTS
+
+
+@pytest.mark.slow
+def test_nothing_that_a_kill_leaves_is_taken_for_damage(killed: Path) -> None:
+    assert not list(killed.glob("*.corrupt-*"))
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from edgeqdm import searching
 from edgeqdm.errors import StorageError
 from edgeqdm.ir.codec import dump_record, read_record
 from edgeqdm.ir.search import SearchRecord
-from edgeqdm.search.storage import open_database
+from edgeqdm.search.storage import DATABASE, open_database
 from edgeqdm.testing.tiny import write_tiny_unet
 
 HOMES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -213,12 +213,8 @@ def test_a_study_of_three_workers_completes_though_one_is_killed(
     for process in (first, others[1]):
         code, said = process.end()
         assert code == 0, said
-    states = [t.state for t in _trials(database)]
-    assert states.count(TrialState.COMPLETE) >= TRIALS
-    # Once more with nothing left to do: what a dead worker held is given back at the start.
-    time.sleep(4)
-    assert _search(folder, database).end()[0] == 0
     trials = _trials(database)
+    assert [t.state for t in trials].count(TrialState.COMPLETE) >= TRIALS
     assert not [t.number for t in trials if t.state is TrialState.RUNNING]
     numbers = [t.number for t in trials]
     assert numbers == sorted(set(numbers))
@@ -253,6 +249,30 @@ def test_an_unreachable_database_is_named_without_its_password() -> None:
         open_database(url, STUDY, create=False)
     assert caught.value.code == "EQ-6304"
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_front_and_a_package_come_of_the_folder_alone(database: str, folder: Path) -> None:
+    assert _search(folder, database, trials=1).end()[0] == 0
+    shown = ["pareto", "out", "--trial", "best", "--plan", "best.json", "--force", "--quiet"]
+    assert _start(folder, shown).end() == (0, "")
+    emitted = ["emit", "model", "--steps", str(STEPS), "-o", "package", "--search", "out"]
+    assert _start(folder, [*emitted, "--force", "--quiet"]).end() == (0, "")
+    assert _start(folder, ["verify", "package", "--quiet"]).end() == (0, "")
+    assert not (folder / "out" / DATABASE).exists()
+
+
+@pytest.mark.slow
+def test_a_worker_does_not_begin_before_the_search(database: str, folder: Path) -> None:
+    assert _search(folder, database, trials=1).end()[0] == 0
+    with _study(database) as study:
+        stored = study.user_attrs["fingerprint"]
+        study._storage.set_study_user_attr(study._study_id, "fingerprint", None)
+        try:
+            code, said = _worker(folder, database).end()
+        finally:
+            study.set_user_attr("fingerprint", stored)
+    assert (code, "EQ-6308" in said) == (6, True), said
 
 
 @pytest.mark.slow

@@ -73,9 +73,10 @@ def measure(
     asked: list[tuple[str, Precision]],
 ) -> Measure:
     def found(**changes: Any) -> SensitivityReport:
-        options = {"asked": asked, "ranges": HALVES, "seed": SEED} | changes
+        options: dict[str, Any] = {"asked": asked, "ranges": HALVES, "seed": SEED} | changes
+        observations = options.pop("observations", calibration.observations)
         return measure_sensitivity(
-            denoiser, calibration.observations, trajectories, options.pop("asked"), **options
+            denoiser, observations, trajectories, options.pop("asked"), **options
         )
 
     return found
@@ -265,6 +266,31 @@ def test_other_ranges_or_another_seed_are_not_taken_from_the_folder(
     for change in ({"ranges": WHOLE}, {"seed": SEED + 1}):
         with pytest.raises(AssertionError, match="computed again"):
             measure(work=work, **change)
+
+
+def test_what_was_measured_with_another_calibration_is_not_taken_from_the_folder(
+    measure: Measure, denoiser: Denoiser, report: SensitivityReport, work: Path
+) -> None:
+    other = calibrate(denoiser, samples=4, seed=7).observations
+    expected = measure(observations=other)
+    assert expected != report
+    assert measure(observations=other, work=work) == expected
+    assert measure(work=work) == report
+
+
+def test_a_layer_is_kept_when_only_others_were_observed_anew(
+    measure: Measure,
+    calibration: Calibration,
+    asked: list[tuple[str, Precision]],
+    report: SensitivityReport,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = {layer for layer, _ in asked}
+    alone = {name: seen for name, seen in calibration.observations.items() if name in names}
+    assert len(alone) < len(calibration.observations)
+    monkeypatch.setattr(quantizer, "quantize", never)
+    assert measure(observations=alone, work=work) == report
 
 
 def test_a_damaged_file_is_refused_by_name(measure: Measure, work: Path) -> None:

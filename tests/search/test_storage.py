@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from edgeqdm.search.storage import (
     open_sqlite,
     read_ledger,
     sqlite_url,
+    study_of_ledger,
 )
 from edgeqdm.search.study import MAX_ATTEMPTS, NumberedSampler, Owner
 
@@ -240,7 +243,8 @@ def test_a_ledger_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / LEDGER) == {}
 
 
-def test_a_torn_last_line_is_cut_wherever_it_was_torn(finished: Path, tmp_path: Path) -> None:
+def test_a_torn_last_line_is_left_out_wherever_it_was_torn(finished: Path, tmp_path: Path) -> None:
+    """And left where it is: it may be that of a search that is writing it."""
     data = (finished / LEDGER).read_bytes()
     start = data[:-1].rfind(b"\n") + 1
     n_lines = data.count(b"\n")
@@ -248,7 +252,7 @@ def test_a_torn_last_line_is_cut_wherever_it_was_torn(finished: Path, tmp_path: 
     for stop in (*range(start, len(data), 7), len(data) - 1):
         ledger.write_bytes(data[:stop])
         assert len(read_ledger(ledger)) == n_lines - 1
-        assert ledger.read_bytes() == data[:start]
+        assert ledger.read_bytes() == data[:stop]
 
 
 def test_the_trial_of_a_torn_line_is_written_again(
@@ -289,6 +293,55 @@ def test_deleting_the_damaged_line_mends_the_ledger(
     study, _ = go_on(folder, TRIALS)
     assert trials_of(study) == expected
     assert sorted(read_ledger(folder / LEDGER)) == list(range(len(expected)))
+
+
+def test_half_a_line_is_taken_back(folder: Path, expected: list[tuple[object, ...]]) -> None:
+    """What the kernel wrote of it before the file could grow no further."""
+    ledger = folder / LEDGER
+    before = ledger.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+    try:
+        with pytest.raises(StorageError) as caught:
+            append_to_ledger(ledger, optuna.create_trial(state=TrialState.FAIL))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    check(caught.value, "EQ-6304", str(ledger))
+    assert ledger.read_bytes() == before
+
+
+def test_a_commit_that_a_kill_cut_short_is_no_damage(
+    folder: Path, expected: list[tuple[object, ...]]
+) -> None:
+    """SQLite leaves its journal; who opens the file next rolls back."""
+    script = (
+        "import os, sqlite3, sys\n"
+        "db = sqlite3.connect(sys.argv[1])\n"
+        "db.execute('PRAGMA cache_size = 1')\n"
+        "db.execute('BEGIN')\n"
+        "db.execute('DELETE FROM trial_params')\n"
+        "db.execute('DELETE FROM trials')\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(folder / DATABASE)], check=False)
+    assert (folder / f"{DATABASE}-journal").stat().st_size
+    study, told = open_sqlite(folder, NAME)
+    assert told == ()
+    assert trials_of(study) == expected
+
+
+def test_a_reader_sees_what_was_found_and_touches_nothing(
+    folder: Path, expected: list[tuple[object, ...]]
+) -> None:
+    with (folder / LEDGER).open("ab") as file:
+        file.write(b"12345678 {half")
+    (folder / DATABASE).unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    study = study_of_ledger(folder, NAME)
+    assert trials_of(study) == expected
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:

@@ -227,6 +227,18 @@ def test_the_ladder_reaches_from_the_fastest_plan_to_the_least_damage() -> None:
     assert min(total_damage(pricing, c) for c in every) == 0.0
 
 
+def test_progress_is_told_of_every_budget() -> None:
+    told: list[tuple[int, int]] = []
+    ladder(
+        pricing_of(max_phases=2),
+        REPORT,
+        limits=Limits(),
+        n=3,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_more_phases_than_ranges_have_no_optima() -> None:
     pricing = pricing_of(max_phases=len(RANGES) + 1)
     found = ladder(pricing, REPORT, limits=Limits(), n=2)
@@ -249,6 +261,18 @@ def test_no_candidate_is_faster_than_the_fastest(tie: bool) -> None:
     for precision in pricing.space.groups[0].choices:
         uniform = pricing.space.uniform(precision)
         assert pricing.price(uniform).latency_us >= fastest - 1e-9
+
+
+def test_the_fastest_of_the_small_ones_is_that_of_all_candidates() -> None:
+    pricing = pricing_of(quantize_us=6.0)
+    every = [Candidate((0,), (row,)) for row in itertools.product(CHOICES, repeat=len(SEARCHED))]
+    prices = [pricing.price(candidate) for candidate in every]
+    least, most = least_bytes(pricing), max(price.disk_bytes for price in prices)
+    for max_bytes in (least, (3 * least + most) // 4, (least + most) // 2, most):
+        best = min(price.latency_us for price in prices if price.disk_bytes <= max_bytes)
+        assert fastest_plan_us(pricing, max_bytes) == pytest.approx(best)
+    assert fastest_plan_us(pricing, least - 1) is None
+    assert fastest_plan_us(pricing, 1) is None
 
 
 def test_no_candidate_is_smaller_than_the_smallest() -> None:

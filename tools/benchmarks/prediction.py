@@ -31,7 +31,7 @@ from edgeqdm.ir.profile import LatencyProfile
 from edgeqdm.profile.adopt import read_profile
 from edgeqdm.profile.host import run_kit
 from edgeqdm.profile.kit import KIT, KitRequest, make_kit
-from edgeqdm.profile.requests import mixed_precisions, uniform_precisions
+from edgeqdm.profile.requests import full_request, uniform_precisions
 
 MODELS = ("unet-fmnist", "dit-fmnist")
 SEED = 1000
@@ -50,17 +50,13 @@ def measured(
     denoiser = load(f"reference:{name}", steps=20)
     space = tuning.open_space(denoiser, profile.target)
     latency = tuning.cost_model(profile, space).latency
-    mixed = mixed_precisions(
-        space.network,
-        space.offered,
-        plans,
-        tables=space.tables,
-        generator=np.random.default_rng(SEED),
-    )
+    wholes = full_request(
+        space.network, space.offered, tables=space.tables, n_wholes=plans, seed=SEED
+    ).wholes
     uniform = uniform_precisions(space.network, space.offered, tables=space.tables)
     # One operation more than the plans need: a kit has at least one.
     entry = [(next(iter(space.network.keys.values())), FP32)]
-    request = KitRequest(entries=entry, wholes=[*uniform, *mixed])
+    request = KitRequest(entries=entry, wholes=wholes)
     key = hashlib.sha256(f"{edgeqdm.__version__} {ablation.commit()} {request}".encode())
     kit = work / f"prediction-{name}-{key.hexdigest()[:16]}"
     if not (kit / KIT).is_file():

@@ -4,8 +4,8 @@
     python bench.py --threads 2 --power-mode performance
 
 Results are one JSON object per line: the device, then one graph in one round. Stopped at any
-moment, the same command goes on. With one thread it counts that thread's CPU time, else elapsed
-time: leave the device alone, plugged in and cool.
+moment, the same command goes on; two at once on one file are refused. With one thread it counts
+that thread's CPU time, else elapsed time: leave the device alone, plugged in and cool.
 """
 
 from __future__ import annotations
@@ -17,48 +17,65 @@ import os
 import platform
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import protocol
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 HERE = Path(__file__).resolve().parent
-FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "asimddp",
-    "i8mm",
-    "sve",
-    "bf16",
-)
 REFERENCE_EVERY_S = 30.0
+LOCK_SECONDS = 5.0
+"""Longer than a run takes to end whose owner was killed."""
+REFUSED = 3
+MARK = len(b'{"schema_version":')
+"""Bytes that every header begins with."""
+
+
+class RefusedError(Exception):
+    """The results file cannot be gone on with; says why and what to do."""
 
 
 def main() -> int:
     arguments = read_arguments()
+    if os.environ.get("EDGEQDM_BENCH_OWNED"):
+        end_with_stdin()
     text = (HERE / "kit.json").read_bytes()
     kit = json.loads(text)
     out = Path(arguments.out or HERE / f"results-{arguments.threads}.jsonl")
     header = describe(arguments, hashlib.sha256(text).hexdigest())
-    resumed = resume(out, header)
-    if resumed is None:
-        print(f"{out}: results of another kit, device, mode or --seconds; name a file with --out")
-        return 3
-    begun, done = resumed
     # Unbuffered, so that what a killed run has finished is there.
-    with out.open("ab", buffering=0) as file:
-        if not begun:
-            file.write(line(header))
+    with out.open("a+b", buffering=0) as file:
+        try:
+            lock(file, out)
+            done = resume(file, out, header, [graph["name"] for graph in kit["graphs"]])
+        except RefusedError as problem:
+            print(problem, flush=True)
+            return REFUSED
         Bench(kit, header, file, done).run()
     print(f"{out}: done", flush=True)
     return 0
+
+
+def end_with_stdin() -> None:
+    """Ends the process when its input does: whoever held the other end is gone."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def read_arguments() -> argparse.Namespace:
@@ -77,7 +94,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def describe(arguments: argparse.Namespace, kit_sha256: str) -> dict[str, Any]:
-    name, features = cpu()
+    name, features = protocol.cpu()
     return {
         "schema_version": 1,
         "kit_sha256": kit_sha256,
@@ -99,22 +116,6 @@ def describe(arguments: argparse.Namespace, kit_sha256: str) -> dict[str, Any]:
     }
 
 
-def cpu() -> tuple[str, list[str]]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    fields = [entry.partition(":") for entry in text.splitlines()]
-    names = [value.strip() for key, _, value in fields if key.strip() in ("model name", "Hardware")]
-    flags = {
-        flag
-        for key, _, value in fields
-        if key.strip() in ("flags", "Features")
-        for flag in value.split()
-    }
-    return names[0] if names else platform.machine(), [f for f in FEATURES if f in flags]
-
-
 def line(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
@@ -123,23 +124,112 @@ Samples = dict[tuple[str, int], list[float]]
 """By graph and round, in microseconds."""
 
 
-def resume(out: Path, header: dict[str, Any]) -> tuple[bool, Samples] | None:
-    """Whether the file has its header, and its samples; None if it belongs to something else."""
-    if not out.exists():
-        return False, {}
-    data = out.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+def lock(file: FileIO, out: Path) -> None:
+    """Keeps other runs off the file until this one ends; waits a moment for one that is ending."""
+    tries_until = time.monotonic() + LOCK_SECONDS
+    while not locked(file):
+        if time.monotonic() > tries_until:
+            raise RefusedError(
+                f"{out}: {holder(file)} is writing to it; wait for it to end, or name another "
+                "file with --out"
+            )
+        time.sleep(0.05)
+
+
+def locked(file: FileIO) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks, as that of an SD card may be.
+        return True
+    return True
+
+
+def holder(file: FileIO) -> str:
+    """Whoever holds the lock, by number where Linux tells it."""
+    inode = f":{os.fstat(file.fileno()).st_ino}"
+    for entry in protocol.text_of(Path("/proc/locks")).splitlines():
+        fields = entry.split()
+        if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].endswith(inode):
+            return f"process {fields[4]}"
+    return "another process"
+
+
+def resume(file: FileIO, out: Path, header: dict[str, Any], graphs: list[str]) -> Samples:
+    """The samples that are there; the header becomes that of the file, or is written to it."""
+    file.seek(0)
+    whole, _, torn = file.readall().rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    if lines:
+        check_header(parsed(lines[0]), out, header)
+    elif not torn.startswith(line(header)[:MARK]) and not line(header).startswith(torn):
+        raise RefusedError(f"{out}: no results of this tool; name another file with --out")
+    done: Samples = {}
+    for number, entry in enumerate(lines[1:], start=2):
+        graph, turn, us = checked_samples(parsed(entry), f"{out}, line {number}", graphs)
+        if (graph, turn) in done:
+            raise RefusedError(
+                f"{out}, line {number}: graph {graph}, round {turn}, is there twice; "
+                "delete the line and run again"
+            )
+        done[graph, turn] = us
+    if torn:
         # The last line of a killed run; what is appended must not stick to it.
-        os.truncate(out, len(whole))
-    lines = [json.loads(entry) for entry in whole.splitlines()]
+        file.truncate(len(whole) + bool(lines))
     if not lines:
-        return False, {}
-    told = ("kit_sha256", "device", "runtime", "threads", "power_mode", "seconds")
-    if any(lines[0].get(field) != header[field] for field in told):
+        append(file, line(header))
+    return done
+
+
+def parsed(entry: bytes) -> Any:
+    try:
+        return json.loads(entry)
+    except (ValueError, RecursionError):
         return None
-    header.update(lines[0])
-    return True, {(entry["graph"], entry["round"]): entry["us"] for entry in lines[1:]}
+
+
+def check_header(found: Any, out: Path, header: dict[str, Any]) -> None:
+    if not isinstance(found, dict) or types_of(found) != types_of(header):
+        raise RefusedError(
+            f"{out}, line 1: damaged, or of another tool; delete the file and run again, or name "
+            "another one with --out"
+        )
+    told = ("kit_sha256", "device", "runtime", "threads", "power_mode", "seconds")
+    if any(found[field] != header[field] for field in told):
+        raise RefusedError(
+            f"{out}: results of another kit, device, mode or --seconds; name a file with --out"
+        )
+    header.update(found)
+
+
+def types_of(header: dict[str, Any]) -> dict[str, type]:
+    return {field: type(value) for field, value in header.items()}
+
+
+def checked_samples(found: Any, where: str, graphs: list[str]) -> tuple[str, int, list[float]]:
+    if isinstance(found, dict) and "kit_sha256" in found:
+        raise RefusedError(f"{where}: a second header; delete the file and run again")
+    if not isinstance(found, dict) or not is_samples(found, graphs):
+        raise RefusedError(f"{where}: damaged; delete the line and run again")
+    return found["graph"], found["round"], found["us"]
+
+
+def is_samples(found: dict[str, Any], graphs: list[str]) -> bool:
+    if set(found) != {"graph", "round", "us"} or type(found["us"]) is not list:
+        return False
+    plausible = all(type(us) in (int, float) and 0 < us <= 1e9 for us in found["us"])
+    counted = type(found["round"]) is int and found["round"] >= 0
+    return bool(found["us"]) and plausible and counted and found["graph"] in graphs
+
+
+def append(file: FileIO, data: bytes) -> None:
+    """Writes all of it or raises: a full disk takes a part and says so only next time."""
+    while data:
+        data = data[file.write(data) :]
 
 
 class Bench:
@@ -149,7 +239,7 @@ class Bench:
         self,
         kit: dict[str, Any],
         header: dict[str, Any],
-        file: BinaryIO,
+        file: FileIO,
         done: Samples,
     ) -> None:
         self.graphs: dict[str, Any] = {graph["name"]: graph for graph in kit["graphs"]}
@@ -191,7 +281,7 @@ class Bench:
 
     def keep(self, name: str, turn: int, us: list[float]) -> None:
         self.done[name, turn] = us
-        self.file.write(line({"graph": name, "round": turn, "us": us}))
+        append(self.file, line({"graph": name, "round": turn, "us": us}))
 
     def check_reference(self) -> None:
         if time.monotonic() - self.checked < REFERENCE_EVERY_S:
