@@ -151,7 +151,7 @@ def die_among_starts(number, wait_s):
 
 
 PRICING = make_pricing()
-print("ready", flush=True)
+print("ready 0", flush=True)
 for line in sys.stdin:
     target, statements, starts, wait_s, folder, oracle = line.rstrip("\\n").split("\\t")
     child = os.fork()
@@ -169,9 +169,9 @@ for line in sys.stdin:
         finally:
             sys.stderr.flush()
             os._exit(status)
-    print(child, flush=True)
+    print(f"started {child}", flush=True)
     _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+    print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
 '''
 
 
@@ -188,15 +188,20 @@ class Supervisor:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        assert self._read() == "ready", self.errors()
+        self._number("ready")
 
     def errors(self) -> str:
         self._errors.seek(0)
         return self._errors.read()[-2000:]
 
-    def _read(self) -> str:
+    def _number(self, said: str) -> int:
+        """What stands beside a word; answers that a failed test did not read are skipped."""
         assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        for line in self._process.stdout:
+            word, _, number = line.partition(" ")
+            if word == said:
+                return int(number)
+        raise AssertionError(self.errors())
 
     def start(
         self,
@@ -221,11 +226,13 @@ class Supervisor:
         told = map(str, (target, statements, starts, wait_s, folder, oracle))
         self._process.stdin.write("\t".join(told) + "\n")
         self._process.stdin.flush()
-        return int(self._read())
+        child = self._number("started")
+        assert child > 1, "0 and below are more than one process"
+        return child
 
     def wait(self) -> int:
         """Exit code of what was started, negative after a signal."""
-        return int(self._read())
+        return self._number("ended")
 
     def close(self) -> None:
         self._process.communicate()
@@ -247,7 +254,8 @@ def supervisor(
 def oracle_of(folder: Path) -> list[tuple[int, str]]:
     """(number, state) of every trial that was finished, in that order."""
     file = folder.with_suffix(".oracle")
-    lines = file.read_text().splitlines() if file.exists() else []
+    # The last line may be half written.
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [(int(number), state) for number, state in map(str.split, lines)]
 
 
