@@ -439,58 +439,25 @@ def test_a_method_of_which_every_plan_fails_ends(
     assert found["front"] == []
 
 
-# Picks.
+# Contenders.
 
 
-def point(ms: float, db: float, pooled_db: float | None = None) -> dict[str, float]:
-    return {"ms": ms, "db": db, "pooled_db": db if pooled_db is None else pooled_db}
+def point(ms: float, db: float) -> dict[str, float]:
+    return {"ms": ms, "db": db}
 
 
-@pytest.fixture
-def rule() -> tuple[Any, float]:
-    """A task, and the latency of W8A8 in ms."""
-    task = task_for("search")
-    return task, task.pricing.price(task.space.uniform(W8A8)).latency_us / 1e3
+def test_contenders_are_better_and_at_most_a_twentieth_slower(searches: ModuleType) -> None:
+    front = [point(0.8, 30.0), point(0.9, 33.0), point(1.05, 35.0), point(1.051, 36.0)]
+    assert searches.contenders(front, 1.0, 30.0) == front[1:3]
+    assert searches.contenders(front, 0.5, 30.0) == []
+    assert searches.contenders([], 1.0, 30.0) == []
 
 
-def test_mixed_is_the_best_plan_within_a_twentieth_of_w8a8(
-    searches: ModuleType, rule: tuple[Any, float]
-) -> None:
-    task, ms = rule
-    front = [point(0.9 * ms, 30.0), point(1.049 * ms, 33.0), point(1.051 * ms, 35.0)]
-    assert searches.picks(task, front, 99.0) == {"mixed": front[1]}
-
-
-def test_fast_is_the_fastest_plan_a_decibel_above_the_peers(
-    searches: ModuleType, rule: tuple[Any, float]
-) -> None:
-    task, ms = rule
-    front = [
-        point(0.5 * ms, 42.0, pooled_db=40.9),
-        point(0.6 * ms, 43.0, pooled_db=41.0),
-        point(0.7 * ms, 44.0, pooled_db=43.0),
-    ]
-    assert searches.picks(task, front, 40.0) == {"mixed": front[2], "fast": front[1]}
-
-
-def test_a_fast_plan_is_faster_than_w8a8(searches: ModuleType, rule: tuple[Any, float]) -> None:
-    task, ms = rule
-    front = [point(ms, 60.0), point(1.01 * ms, 61.0)]
-    assert searches.picks(task, front, 40.0) == {"mixed": front[1]}
-
-
-def test_plans_that_are_not_there_are_left_out(
-    searches: ModuleType, rule: tuple[Any, float]
-) -> None:
-    task, ms = rule
-    assert searches.picks(task, [], 40.0) == {}
-    assert searches.picks(task, [point(1.1 * ms, 60.0)], 40.0) == {}
-
-
-def test_one_plan_may_be_both(searches: ModuleType, rule: tuple[Any, float]) -> None:
-    task, ms = rule
-    alone = point(0.8 * ms, 50.0)
-    assert searches.picks(task, [alone], 40.0) == {"mixed": alone, "fast": alone}
+def test_of_many_contenders_some_are_taken_evenly_with_both_ends(searches: ModuleType) -> None:
+    front = [point(0.5 + 0.01 * k, 30.0 + k) for k in range(40)]
+    found = searches.contenders(front, 1.0, 20.0)
+    assert len(found) == searches.CONTENDERS
+    assert (found[0], found[-1]) == (front[0], front[-1])
 
 
 # The file.

@@ -67,6 +67,7 @@ LEAST_DB = 20.0
 RUNGS = (4, 16)
 STEPS = 20
 SLOWER = 1.05
+CONTENDERS = 6
 SHARES = (0.5, 0.52, 0.55, 0.6, 0.7)
 """Of the float network's latency, that fronts are compared at."""
 app = typer.Typer()
@@ -232,6 +233,8 @@ def run(
     """Run what the file does not have yet."""
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Of the code that runs, whatever is committed meanwhile.
+    commit = ablation.commit()
     for name in model:
         by_phases = {p: task_of(name, profile, work, phases=p) for p in (1, 3)}
         damage = damage_of(by_phases[1], lambda *told: print(*told, flush=True))
@@ -246,7 +249,7 @@ def run(
                     continue
                 task = by_phases[3 if "phases" in each else 1]
                 found = run_method(each, task, damage, seed, trials)
-                found["commit"] = ablation.commit()
+                found["commit"] = commit
                 found["command"] = "python tools/benchmarks/search.py " + " ".join(sys.argv[1:])
                 found["profile_sha256"] = task.profile.payload_sha256
                 # Read again: another process may have written another model's runs meanwhile.
@@ -256,22 +259,13 @@ def run(
                 print(key, round(found["hypervolume"], 3), found["trials"], flush=True)
 
 
-def picks(task: searching.Task, front: list[dict[str, Any]], peers_db: float) -> dict[str, Any]:
-    """Of a front: the best plan within 1.05 of uniform W8A8, and a fast one as good as the peers.
-
-    Returns:
-        Points of the front by what they show; a plan that is not there is left out.
-    """
-    rule = task.pricing.price(task.space.uniform(Precision("w8a8"))).latency_us / 1e3
-    near = [point for point in front if point["ms"] <= SLOWER * rule]
-    # A decibel to spare: the front was judged on few images.
-    fast = [point for point in front if point["pooled_db"] >= peers_db + 1 and point["ms"] < rule]
-    found = {}
-    if near:
-        found["mixed"] = max(near, key=lambda point: point["db"])
-    if fast:
-        found["fast"] = min(fast, key=lambda point: point["ms"])
-    return found
+def contenders(front: list[dict[str, Any]], ms: float, db: float) -> list[dict[str, Any]]:
+    """Of a front: plans better than `db` that are about as fast as `ms`, at most `CONTENDERS`."""
+    found = [point for point in front if point["ms"] <= SLOWER * ms and point["db"] > db]
+    if len(found) <= CONTENDERS:
+        return found
+    places = np.linspace(0, len(found) - 1, CONTENDERS).round().astype(int)
+    return [found[k] for k in places.tolist()]
 
 
 @app.command()
@@ -284,28 +278,34 @@ def remeasure(
     trials: Annotated[int, typer.Option()] = 40,
     images: Annotated[int, typer.Option()] = 64,
     rounds: Annotated[int, typer.Option()] = 300,
-    peers_db: Annotated[float, typer.Option(help="their best image SQNR, to beat")] = 40.0,
 ) -> None:
-    """Emit packages of plans that were found and measure them beside peers, on unseen images."""
+    """Emit plans found near uniform W8A8 and measure them beside peers, on unseen images."""
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)
+    commit = ablation.commit()
     for name in model:
         report = _load(out)
         plans: dict[str, DeploymentPlan] = {}
         for phases, method in ((1, "search"), (3, "search, 3 phases")):
             task = task_of(name, profile, work, phases=phases)
-            front = report["runs"][f"{name}/{method}/{seed}/{trials}"]["front"]
-            for what, point in picks(task, front, peers_db).items():
+            uniform = task.space.uniform(Precision("w8a8"))
+            ms = task.pricing.price(uniform).latency_us / 1e3
+            fronts = {
+                each: report["runs"][f"{name}/{each}/{seed}/{trials}"]["front"]
+                for each in ("uniform", method)
+            }
+            db = at_most(fronts["uniform"], ms * (1 + 1e-9))
+            for point in contenders(fronts[method], ms, LEAST_DB if db is None else db):
                 candidate = task.space.candidate(point["params"])
-                plans[f"{what}, {method}"] = task.space.plan(candidate)
-        uniform = task.space.uniform(Precision("w8a8"))
+                plans[f"{method}, {point['ms']:.3f} ms predicted"] = task.space.plan(candidate)
         plans = {"w8a8": task.space.plan(uniform), "w8a8 by rule": task.space.base, **plans}
-        found = _measured(task, plans, images=images, rounds=rounds)
+        found, refused = _measured(task, plans, images=images, rounds=rounds)
         report = _load(out)
         report.setdefault("remeasured", {})[name] = {
-            "commit": ablation.commit(),
+            "commit": commit,
             "command": "python tools/benchmarks/search.py " + " ".join(sys.argv[1:]),
             "report": found.model_dump(mode="json"),
+            "refused": refused,
         }
         _save(out, report)
         for row in found.rows:
@@ -357,8 +357,9 @@ def table(
 
 def _measured(
     task: searching.Task, plans: dict[str, DeploymentPlan], *, images: int, rounds: int
-) -> BenchReport:
+) -> tuple[BenchReport, dict[str, str]]:
     backend, denoiser = load_backend(task.settings.target), task.denoiser
+    refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder, variants = Path(scratch), []
         for number, (name, plan) in enumerate(plans.items()):
@@ -378,13 +379,18 @@ def _measured(
         variants.insert(0, base)
         runs = pipeline.calibrate(denoiser, work=task.folder / searching.KEPT).trajectories
         for name, make in peers.peers(denoiser, runs, folder / "float" / "model.onnx", folder):
-            package = peers.as_package(make(), folder / name.replace("/", "-"))
-            integer, matrix = peers.count_integer(package)
+            try:
+                package = peers.as_package(make(), folder / name.replace("/", "-"))
+                integer, matrix = peers.count_integer(package)
+                network = backend.open(package)
+            # A peer's failure, of whatever kind, is a result.
+            except Exception as error:
+                refused[name] = (str(error).splitlines() or [repr(error)])[0][:200]
+                continue
             kernels = replace(base.kernels, integer=integer, floating=matrix)
             size = (package / "model.onnx").stat().st_size
-            network = backend.open(package)
             variants.append(Variant(name, network, base.player, kernels, integer, size))
-        return compare(
+        report = compare(
             denoiser,
             tuple(variants),
             libraries=backend.versions(),
@@ -393,6 +399,7 @@ def _measured(
             seeds=(searching.HELD_OUT_SEEDS,),
             progress=lambda done, total: print(f"{done}/{total}", file=sys.stderr),
         )
+    return report, refused
 
 
 if __name__ == "__main__":
