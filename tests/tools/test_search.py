@@ -378,7 +378,7 @@ def test_a_front_is_told_with_what_its_plans_are(
     front = searches.run_method(method, task, DAMAGE, 0, 8)["front"]
     assert np.all(np.diff([[p["ms"], p["db"]] for p in front], axis=0) > 0)
     for point in front:
-        candidate = task.space.candidate(point["params"])
+        candidate = searches.read(point)
         price = task.pricing.price(candidate)
         assert point["ms"] == price.latency_us / 1e3
         assert (point["bytes"], point["phases"]) == (price.disk_bytes, len(candidate.starts))
@@ -417,7 +417,7 @@ def test_a_plan_that_fails_is_on_no_front_and_ends_nothing(
     task = task_for("uniform")
     found = searches.run_method("uniform", task, DAMAGE, 0, 8)
     assert found["trials"] == len(DEFAULT_PRECISIONS)
-    plans = [task.space.plan(task.space.candidate(p["params"])) for p in found["front"]]
+    plans = [task.space.plan(searches.read(p)) for p in found["front"]]
     assert plans
     assert bad not in plans
 

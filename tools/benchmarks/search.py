@@ -184,11 +184,23 @@ def run_method(
                 "pooled_db": pooled_db(t.user_attrs["image_db"]),
                 "bytes": t.user_attrs["disk_bytes"],
                 "phases": t.user_attrs["phases"],
-                "params": t.params,
+                **written(space.candidate(t.params)),
             }
             for t in found
         ],
     }
+
+
+def written(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as a file holds it: precisions of the groups, one text per phase."""
+    rows = [" ".join(row) for row in candidate.precisions]
+    return {"starts": list(candidate.starts), "precisions": rows}
+
+
+def read(point: dict[str, Any]) -> Candidate:
+    """The candidate that was `written`."""
+    rows = [tuple(map(Precision, row.split())) for row in point["precisions"]]
+    return Candidate(tuple(point["starts"]), tuple(rows))
 
 
 def _done(study: optuna.Study) -> bool:
@@ -296,8 +308,8 @@ def remeasure(
             }
             db = at_most(fronts["uniform"], ms * (1 + 1e-9))
             for point in contenders(fronts[method], ms, LEAST_DB if db is None else db):
-                candidate = task.space.candidate(point["params"])
-                plans[f"{method}, {point['ms']:.3f} ms predicted"] = task.space.plan(candidate)
+                name_of = f"{method}, {point['ms']:.3f} ms predicted"
+                plans[name_of] = task.space.plan(read(point))
         plans = {"w8a8": task.space.plan(uniform), "w8a8 by rule": task.space.base, **plans}
         found, refused = _measured(task, plans, images=images, rounds=rounds)
         report = _load(out)
