@@ -460,6 +460,20 @@ def test_of_many_contenders_some_are_taken_evenly_with_both_ends(searches: Modul
     assert (found[0], found[-1]) == (front[0], front[-1])
 
 
+def test_copies_of_a_plan_are_one_row_of_their_mean(searches: ModuleType) -> None:
+    found = [("float", 1.0), ("w8a8", 0.5), ("w8a8, copy 2", 0.6), ("search, 1.2 ms", 0.44)]
+    rows = [
+        SimpleNamespace(name=name, cpu_ratio=ratio, image_sqnr_db=30.0, bytes_on_disk=2_000_000)
+        for name, ratio in found
+    ]
+    shown = searches.measured_table(SimpleNamespace(rows=rows)).splitlines()[2:]
+    assert shown == [
+        "| float | 1.000 |  | 1.818 | 30.0 | 2.0 |",
+        "| w8a8 | 0.550 | 0.500 to 0.600 | 1.000 | 30.0 | 2.0 |",
+        "| search, 1.2 ms | 0.440 |  | 0.800 | 30.0 | 2.0 |",
+    ]
+
+
 # The file.
 
 PROFILE_SHA = "c" * 64

@@ -68,6 +68,7 @@ RUNGS = (4, 16)
 STEPS = 20
 SLOWER = 1.05
 CONTENDERS = 6
+COPY = ", copy "
 SHARES = (0.5, 0.52, 0.55, 0.6, 0.7)
 """Of the float network's latency, that fronts are compared at."""
 app = typer.Typer()
@@ -290,6 +291,7 @@ def remeasure(
     trials: Annotated[int, typer.Option()] = 40,
     images: Annotated[int, typer.Option()] = 64,
     rounds: Annotated[int, typer.Option()] = 300,
+    copies: Annotated[int, typer.Option(help="Of every plan: where one lies matters.")] = 3,
 ) -> None:
     """Emit plans found near uniform W8A8 and measure them beside peers, on unseen images."""
     torch.set_num_threads(1)
@@ -311,7 +313,7 @@ def remeasure(
                 name_of = f"{method}, {point['ms']:.3f} ms predicted"
                 plans[name_of] = task.space.plan(read(point))
         plans = {"w8a8": task.space.plan(uniform), "w8a8 by rule": task.space.base, **plans}
-        found, refused = _measured(task, plans, images=images, rounds=rounds)
+        found, refused = _measured(task, plans, images=images, rounds=rounds, copies=copies)
         report = _load(out)
         report.setdefault("remeasured", {})[name] = {
             "commit": commit,
@@ -320,8 +322,33 @@ def remeasure(
             "refused": refused,
         }
         _save(out, report)
-        for row in found.rows:
-            print(name, row.name, row.cpu_ratio, row.image_sqnr_db, row.bytes_on_disk, flush=True)
+        print(measured_table(found), flush=True)
+
+
+def measured_table(report: BenchReport) -> str:
+    """Markdown: CPU time, mean and range over the copies of a plan, and of uniform W8A8's."""
+    ratios: dict[str, list[float]] = {}
+    rows = {row.name: row for row in report.rows}
+    for row in report.rows:
+        if row.cpu_ratio is not None:
+            ratios.setdefault(row.name.split(COPY)[0], []).append(row.cpu_ratio)
+    rule = float(np.mean(ratios["w8a8"]))
+    lines = [
+        "| | CPU time | range | of uniform W8A8 | image SQNR dB | MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in ratios.items():
+        mean, row = float(np.mean(found)), rows[name]
+        cells = (
+            name,
+            f"{mean:.3f}",
+            f"{min(found):.3f} to {max(found):.3f}" if len(found) > 1 else "",
+            f"{mean / rule:.3f}",
+            f"{row.image_sqnr_db:.1f}",
+            f"{row.bytes_on_disk / 1e6:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def at_most(front: list[dict[str, Any]], ms: float) -> float | None:
@@ -368,7 +395,12 @@ def table(
 
 
 def _measured(
-    task: searching.Task, plans: dict[str, DeploymentPlan], *, images: int, rounds: int
+    task: searching.Task,
+    plans: dict[str, DeploymentPlan],
+    *,
+    images: int,
+    rounds: int,
+    copies: int,
 ) -> tuple[BenchReport, dict[str, str]]:
     backend, denoiser = load_backend(task.settings.target), task.denoiser
     refused: dict[str, str] = {}
@@ -377,16 +409,17 @@ def _measured(
         for number, (name, plan) in enumerate(plans.items()):
             package = folder / f"package{number}"
             pipeline.emit(denoiser, package, plan=plan, work=task.folder / searching.KEPT)
-            variants.append(
-                Variant(
-                    name,
-                    backend.open(package),
-                    playback.open_player(package),
-                    backend.count_kernels(package),
-                    plan.n_integer_layers,
-                    folder_bytes(package),
+            for copy in range(copies):
+                variants.append(
+                    Variant(
+                        f"{name}{COPY}{copy + 1}" if copy else name,
+                        backend.open(package),
+                        playback.open_player(package),
+                        backend.count_kernels(package),
+                        plan.n_integer_layers,
+                        folder_bytes(package),
+                    )
                 )
-            )
         base = pipeline.float_variant(denoiser, backend, folder / "float", variants[0].player)
         variants.insert(0, base)
         runs = pipeline.calibrate(denoiser, work=task.folder / searching.KEPT).trajectories
