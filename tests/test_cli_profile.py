@@ -177,7 +177,7 @@ def test_a_kit_is_made_of_what_a_profile_lacks_that_comes_with_edgeqdm(
     folder: Folder, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By its name: no file of that name is there."""
-    (name,) = shipped_profiles()
+    name, *_ = shipped_profiles()
     monkeypatch.chdir(tmp_path)
     given = ("profile", "kit", folder.model, "-o", out, "--precision", "w8a8", "--wholes", 0)
     value = value_of(*given, "--missing-from", name, *SAMPLER)
