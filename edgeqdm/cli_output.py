@@ -502,6 +502,8 @@ def profile_table(profile: LatencyProfile, fitted: LatencyModel | None) -> Table
         error = fitted.error
         told = f"mean {error.mean:.1%}, worst {error.worst:.1%}, {error.n} networks left out"
         table.add_row("error of sums", told)
+    if fitted is not None and profile.phases:
+        table.add_row("several phases", f"{fitted.phases_us:+.1f} us per evaluation")
     return table
 
 
@@ -517,8 +519,10 @@ def profile_value(
         "threads": profile.threads,
         "entries": len(profile.entries),
         "wholes": len(profile.wholes),
+        "phases": len(profile.phases),
         "flags": list(profile.flags),
         "prediction_error": None if error is None else asdict(error),
+        "phases_us": None if fitted is None else fitted.phases_us,
     }
 
 

@@ -43,6 +43,7 @@ from edgeqdm.ir.sensitivity import SensitivityReport
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.profile.adopt import PROFILE
 from edgeqdm.profile.opkeys import NetworkKeys
+from edgeqdm.profile.predict import phase_costs
 from edgeqdm.quantize.blocks import find_blocks
 from edgeqdm.search.evaluate import Evaluator
 from edgeqdm.search.sensitivity import measure_sensitivity, step_ranges
@@ -85,6 +86,10 @@ SENSITIVITY_SEEDS, JUDGE_SEEDS, HELD_OUT_SEEDS = 2**40, 2**41, 2**42
 TRIALS, FOLDER = "trials", "folder"
 MEASURED = ("measured_ms", "measured_ratio", "measured_sqnr_db")
 CALIBRATION = "calibration"
+UNPHASED = (
+    "the profile has no graph of several phases: what they take longer than one is not predicted, "
+    "and `edgeqdm profile kit --missing-from` makes a kit for it"
+)
 TOGETHER = 8
 """Plans that are measured in turns, in one process."""
 
@@ -358,7 +363,8 @@ def make_task(
     space = _space(denoiser, opened, settings)
     cost = cost_model(profile, opened)
     if notice is not None:
-        for line in cost.warnings:
+        unphased = settings.phases > 1 and not phase_costs(profile, opened.network)
+        for line in (*cost.warnings, *([UNPHASED] if unphased else [])):
             notice(line)
     pricing = Pricing(space, cost.latency, cost.storage)
     most = None if settings.latency_ms is None else settings.latency_ms * 1e3

@@ -29,6 +29,7 @@ from edgeqdm.profile.predict import (
     form_of,
     missing_entries,
     missing_error,
+    phase_costs,
 )
 from edgeqdm.profile.requests import (
     DEFAULT_PRECISIONS,
@@ -131,7 +132,7 @@ def profile_host(
     check_text("power mode", power_mode)
     old = read_profile(out, target=target, accept=REFUSED_FLAGS).profile if add else None
     backend, space = load_backend(target), open_space(denoiser, target, precisions=precisions)
-    request = full_request(space.network, space.offered, tables=space.tables, n_wholes=wholes)
+    request = _request(denoiser, space, wholes)
     with working_folder(out, work) as folder:
         kit = folder / f"kit-{_request_key(space.network, backend, request)}"
         if not (kit / KIT).is_file():
@@ -147,6 +148,16 @@ def profile_host(
         whole = found if old is None else merged(old, found)
         write_file_atomically(out, dump_record(whole))
     return whole
+
+
+def _request(denoiser: Denoiser, space: Space, wholes: int) -> KitRequest:
+    return full_request(
+        space.network,
+        space.offered,
+        tables=space.tables,
+        n_wholes=wholes,
+        phased=denoiser.program.n_steps > 1,
+    )
 
 
 def _request_key(network: NetworkKeys, backend: Backend, request: KitRequest) -> str:
@@ -180,7 +191,7 @@ def write_kit(
         InputError: EQ-3501, if the profile lacks nothing.
     """
     backend, space = load_backend(target), open_space(denoiser, target, precisions=precisions)
-    request = full_request(space.network, space.offered, tables=space.tables, n_wholes=wholes)
+    request = _request(denoiser, space, wholes)
     if missing_from is not None:
         request = _missing(request, missing_from, space.network)
     return make_kit(denoiser, backend, request, Path(out), progress=stage("kit", progress))
@@ -194,6 +205,7 @@ def _missing(request: KitRequest, profile: LatencyProfile, network: NetworkKeys)
         entries=[each for each in request.entries if each not in entries],
         boundaries=[each for each in request.boundaries if each not in boundaries],
         wholes=[] if of_model else request.wholes,
+        phases=[] if phase_costs(profile, network) else request.phases,
     )
 
 

@@ -28,6 +28,7 @@ from edgeqdm.ir.profile import (
     Flag,
     LatencyEntry,
     LatencyProfile,
+    PhaseCost,
     Protocol,
     Runtime,
     Timing,
@@ -318,6 +319,27 @@ def test_phases_and_ties_can_be_searched_and_become_a_plan(
     plan = tmp_path / "plan.json"
     value_of("pareto", started, "--trial", "best", "--plan", plan)
     assert len(read_record(plan, DeploymentPlan).phases) <= 2
+
+
+def test_phases_that_the_profile_cannot_price_are_told_of(run: Run, started: Path) -> None:
+    profile = read_record(run.profile, LatencyProfile)
+    pair = PhaseCost(
+        model=load(str(run.model), scheduler="ddim", steps=4).info.fingerprint,
+        batch=1,
+        precisions={},
+        other={},
+        provenance="measured",
+        alone=timing(100.0),
+        among=timing(130.0),
+    )
+    priced = started.parent / "priced.json"
+    priced.write_bytes(dump_record(sealed_profile(profile.model_copy(update={"phases": (pair,)}))))
+    for source, phases, told in ((run.profile, 1, 0), (run.profile, 2, 1), (priced, 2, 0)):
+        out = started.parent / f"{source.stem}-{phases}"
+        shutil.copytree(started, out)
+        found = call(*run.search(out, "--phases", phases, "--trials", 2, profile=source))
+        assert found.exit_code == 0
+        assert found.stderr.count("no graph of several phases") == told
 
 
 def test_a_front_is_measured_where_that_is_asked_for_and_stays_so(

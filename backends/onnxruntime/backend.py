@@ -119,9 +119,13 @@ class OnnxRuntimeBackend:
         return evaluate
 
     def weight_bytes(
-        self, kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
+        self,
+        kind: LayerKind,
+        weight_shape: tuple[int, ...],
+        precision: Precision,
+        n_phases: int = 1,
     ) -> tuple[int, int]:
-        return weight_bytes(kind, weight_shape, precision)
+        return weight_bytes(kind, weight_shape, precision, n_phases)
 
     def bench_tool(self) -> Mapping[str, File]:
         return {"bench.py": File(_template("bench.py"), "tool")}

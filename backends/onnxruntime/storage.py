@@ -11,9 +11,9 @@ SCALE_BYTES = 4
 
 
 def weight_bytes(
-    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
+    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision, n_phases: int = 1
 ) -> tuple[int, int]:
-    """On disk and resident, as `lowering` stores it.
+    """On disk and resident, as `lowering` and `phases` store it for phases that have it so.
 
     Codes of 4 bits are stored in 4, those of 6 in 8. Resident is what a session keeps beside its
     first run's buffers: the file's tensors, and the copies that the runtime makes of them for its
@@ -24,7 +24,9 @@ def weight_bytes(
     values = math.prod(weight_shape)
     if precision == FP32:
         # A convolution is kept a second time in blocks of channels, and packed.
-        return disk, disk + (8 if kind is LayerKind.CONV2D else 4) * values
+        if kind is LayerKind.CONV2D:
+            return n_phases * disk, n_phases * (disk + 8 * values)
+        return disk, disk + 4 * values
     if precision.group_size and precision.dynamic:
         return disk, 2 * disk
     widened = values if precision.weight_bits == 4 else 0

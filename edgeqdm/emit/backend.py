@@ -96,9 +96,16 @@ class Backend(Protocol):
         """The package's network on this host."""
 
     def weight_bytes(
-        self, kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
+        self,
+        kind: LayerKind,
+        weight_shape: tuple[int, ...],
+        precision: Precision,
+        n_phases: int = 1,
     ) -> tuple[int, int]:
-        """Bytes of a layer's weight, scales included: in the package, and once it is loaded."""
+        """Bytes of a layer's weight, scales included: in the package, and once it is loaded.
+
+        In all of `n_phases` phases that have the layer at this precision.
+        """
 
     def bench_tool(self) -> Mapping[str, File]:
         """Program that times the graphs of a kit on a device, by path inside the kit."""

@@ -164,6 +164,26 @@ class WholeGraph(Record):
         return self.model, self.batch, beyond_fp32(self.precisions)
 
 
+class PhaseCost(Record):
+    """A network alone, and as the running phase of a graph that holds another one too."""
+
+    model: str
+    """Fingerprint."""
+    batch: int = Field(ge=1)
+    """Samples of one evaluation, 2 where guidance is on."""
+    precisions: dict[LayerName, Precision]
+    """Of the phase that ran, by layer; layers that are absent are in fp32."""
+    other: dict[LayerName, Precision]
+    """Of the phase that did not."""
+    provenance: Provenance
+    alone: Timing
+    among: Timing
+
+    def identity(self) -> Hashable:
+        """What it has been measured of."""
+        return self.model, self.batch, beyond_fp32(self.precisions), beyond_fp32(self.other)
+
+
 def beyond_fp32(precisions: Mapping[str, Precision]) -> frozenset[tuple[str, Precision]]:
     """Layers and precisions, less those in fp32, which may as well be absent."""
     return frozenset(each for each in precisions.items() if each[1] != FP32)
@@ -223,6 +243,7 @@ class LatencyProfile(Record):
     entries: tuple[LatencyEntry, ...]
     boundaries: tuple[BoundaryCost, ...] = ()
     wholes: tuple[WholeGraph, ...] = ()
+    phases: tuple[PhaseCost, ...] = ()
     payload_sha256: str = UNSEALED_PROFILE
     """SHA-256 of the canonical JSON with this field zeroed."""
 
@@ -232,6 +253,7 @@ class LatencyProfile(Record):
             *(((e.key, e.precision), f"{e.key} at {e.precision}") for e in self.entries),
             *(((b.kind, b.shape), f"{b.kind} of {_sizes(b.shape)}") for b in self.boundaries),
             *((w.identity(), f"wholes[{k}]") for k, w in enumerate(self.wholes)),
+            *((p.identity(), f"phases[{k}]") for k, p in enumerate(self.phases)),
         ]
         twice = _named_twice(named)
         if twice is not None:
@@ -274,7 +296,7 @@ class KitGraph(Record):
 
     name: Annotated[str, Field(pattern=r"^[0-9]{4}$")]
     """Folder below `graphs/`."""
-    role: Literal["reference", "overhead", "entry", "boundary", "whole"]
+    role: Literal["reference", "overhead", "entry", "boundary", "whole", "phase"]
     files: dict[str, str]
     """SHA-256 by path below the folder."""
     model_bytes: int = Field(default=0, ge=0)
@@ -284,6 +306,8 @@ class KitGraph(Record):
     boundary: BoundaryKind | None = None
     shape: tuple[int, ...] = ()
     precisions: dict[LayerName, Precision] = Field(default_factory=dict)
+    other: dict[LayerName, Precision] | None = None
+    """Of the second phase of a `phase` graph; None is the same network alone."""
 
     def identity(self) -> Hashable:
         """What it stands for: a profile has one figure for it."""
@@ -291,6 +315,10 @@ class KitGraph(Record):
             "entry": (self.key, self.precision),
             "boundary": (self.boundary, self.shape),
             "whole": beyond_fp32(self.precisions),
+            "phase": (
+                beyond_fp32(self.precisions),
+                None if self.other is None else beyond_fp32(self.other),
+            ),
         }
         return self.role, by_role.get(self.role)
 
@@ -317,6 +345,10 @@ class KitManifest(Record):
         twice = by_name or _named_twice((graph.identity(), graph.name) for graph in graphs)
         if twice is not None:
             raise ValueError(f"graph {twice} is there twice; make the kit again")
+        alone = {beyond_fp32(g.precisions) for g in graphs if g.role == "phase" and g.other is None}
+        for graph in graphs:
+            if graph.other is not None and beyond_fp32(graph.precisions) not in alone:
+                raise ValueError(f"there is no graph of {graph.name} alone; make the kit again")
         return graphs
 
 

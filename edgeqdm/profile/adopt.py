@@ -133,7 +133,8 @@ def refused_flags(profile: LatencyProfile) -> set[Flag]:
 
 def _timings(profile: LatencyProfile) -> list[Timing]:
     parts = (profile.entries, profile.boundaries, profile.wholes)
-    return [profile.overhead, *(each.timing for part in parts for each in part)]
+    phases = [timing for each in profile.phases for timing in (each.alone, each.among)]
+    return [profile.overhead, *(each.timing for part in parts for each in part), *phases]
 
 
 def _warnings(profile: LatencyProfile, now: datetime) -> tuple[str, ...]:
@@ -204,6 +205,7 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
     entries = {(e.key, e.precision): e for e in (*old.entries, *new.entries)}
     boundaries = {(b.kind, b.shape): b for b in (*old.boundaries, *new.boundaries)}
     wholes = {w.identity(): w for w in (*old.wholes, *new.wholes)}
+    phases = {p.identity(): p for p in (*old.phases, *new.phases)}
     return sealed_profile(
         new.model_copy(
             update={
@@ -212,6 +214,7 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
                 "entries": tuple(entries.values()),
                 "boundaries": tuple(boundaries.values()),
                 "wholes": tuple(wholes.values()),
+                "phases": tuple(phases.values()),
             }
         )
     )

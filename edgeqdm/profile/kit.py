@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from edgeqdm.ir.profile import (
     LatencyEntry,
     LatencyProfile,
     OpKey,
+    PhaseCost,
     Protocol,
     Timing,
     WholeGraph,
@@ -82,11 +84,20 @@ class KitRequest:
         entries: operations and precisions to time alone.
         boundaries: conversions of tensors of these shapes.
         wholes: networks to time as a whole.
+        phases: networks to time alone and in one graph with another.
     """
 
     entries: Sequence[tuple[OpKey, Precision]]
     boundaries: Sequence[tuple[BoundaryKind, tuple[int, ...]]] = ()
     wholes: Sequence[Precisions] = ()
+    phases: Sequence[tuple[Precisions, Precisions]] = ()
+
+    @property
+    def n_graphs(self) -> int:
+        """Graphs of a kit for this, with the two that every kit has."""
+        alone = {beyond_fp32(first) for first, _ in self.phases}
+        asked = (self.entries, self.boundaries, self.wholes, self.phases, alone)
+        return 2 + sum(map(len, asked))
 
 
 def make_kit(
@@ -113,13 +124,12 @@ def make_kit(
         UnsupportedError: a precision does not fit its layer.
         OutputError: the kit cannot be written.
     """
-    if not request.entries and not request.wholes:
+    if not request.entries and not request.wholes and not request.phases:
         raise InputError("EQ-3501", "there is nothing to time", path="kit")
     _check_once(request)
     for key, precision in request.entries:
         _check_kernel(key, precision, backend)
     graphs: list[KitGraph] = []
-    n_graphs = 2 + len(request.entries) + len(request.boundaries) + len(request.wholes)
     with staged_folder(out) as folder:
         for graph, contents in _graphs(denoiser, backend, request):
             name = f"{len(graphs):04d}"
@@ -129,7 +139,7 @@ def make_kit(
             told = {"name": name, "files": hashes, "model_bytes": size}
             graphs.append(graph.model_copy(update=told))
             if progress is not None:
-                progress(len(graphs), n_graphs)
+                progress(len(graphs), request.n_graphs)
         manifest = KitManifest(
             edgeqdm_version=__version__,
             target=backend.name,
@@ -146,10 +156,12 @@ def make_kit(
 
 def _check_once(request: KitRequest) -> None:
     wholes = [beyond_fp32(precisions) for precisions in request.wholes]
+    phases = [(beyond_fp32(first), beyond_fp32(other)) for first, other in request.phases]
     for what, asked in (
         ("operation", request.entries),
         ("boundary", request.boundaries),
         ("whole network", wholes),
+        ("pair of phases", phases),
     ):
         if len(set(asked)) < len(asked):
             raise InputError(
@@ -207,7 +219,12 @@ def _graphs(denoiser: Denoiser, backend: Backend, request: KitRequest) -> Iterab
         )
         yield graph, backend.emit_boundary(kind, shape)
     for precisions in request.wholes:
-        yield _whole(denoiser, backend, precisions)
+        yield _network(denoiser, backend, "whole", precisions)
+    firsts = {beyond_fp32(first): first for first, _ in request.phases}
+    for precisions in firsts.values():
+        yield _network(denoiser, backend, "phase", precisions)
+    for precisions, other in request.phases:
+        yield _network(denoiser, backend, "phase", precisions, other)
 
 
 def _lowered(
@@ -220,8 +237,15 @@ def _lowered(
     return graph.model_copy(update={"inputs": _inputs(shapes)}), _models(contents)
 
 
-def _whole(denoiser: Denoiser, backend: Backend, precisions: Precisions) -> Lowered:
-    plan = plan_of(denoiser, backend.name, precisions)
+def _network(
+    denoiser: Denoiser,
+    backend: Backend,
+    role: Literal["whole", "phase"],
+    precisions: Precisions,
+    other: Precisions | None = None,
+) -> Lowered:
+    phases = [precisions] if other is None else [precisions, other]
+    plan = plan_of(denoiser, backend.name, phases)
     network = exportable(quantizer.quantize(denoiser, plan, made_up(denoiser), ranges="minmax"))
     batch = evaluation_batch(denoiser)
     inputs = {
@@ -229,23 +253,37 @@ def _whole(denoiser: Denoiser, backend: Backend, precisions: Precisions) -> Lowe
         for name, x in network.inputs.items()
     }
     graph = KitGraph(
-        name="0000", role="whole", files={}, inputs=_inputs(inputs), precisions=dict(precisions)
+        name="0000",
+        role=role,
+        files={},
+        # The step is 0: the first phase runs.
+        inputs=_inputs(inputs),
+        precisions=dict(precisions),
+        other=None if other is None else dict(other),
     )
     return graph, _models(backend.emit(network))
 
 
-def plan_of(
-    denoiser: Denoiser, target: str, precisions: Precisions, *, reason: str = "to be timed"
-) -> DeploymentPlan:
-    """A plan of one phase with these precisions."""
-    layers = tuple(
-        LayerAssignment(layer=x.name, precision=precisions.get(x.name, FP32), reason=reason)
+def plan_of(denoiser: Denoiser, target: str, phases: Sequence[Precisions]) -> DeploymentPlan:
+    """A plan of phases with these precisions, each about as long as the others."""
+    n_steps = denoiser.program.n_steps
+    bounds = [k * n_steps // len(phases) for k in range(len(phases) + 1)]
+    return DeploymentPlan(
+        target=target,
+        model=denoiser.info.fingerprint,
+        n_steps=n_steps,
+        phases=tuple(
+            Phase(start=start, stop=stop, layers=_assigned(denoiser, precisions))
+            for start, stop, precisions in zip(bounds, bounds[1:], phases, strict=False)
+        ),
+    )
+
+
+def _assigned(denoiser: Denoiser, precisions: Precisions) -> tuple[LayerAssignment, ...]:
+    return tuple(
+        LayerAssignment(layer=x.name, precision=precisions.get(x.name, FP32), reason="to be timed")
         for x in denoiser.info.layers
     )
-    n_steps = denoiser.program.n_steps
-    phase = Phase(start=0, stop=n_steps, layers=layers)
-    fingerprint = denoiser.info.fingerprint
-    return DeploymentPlan(target=target, model=fingerprint, n_steps=n_steps, phases=(phase,))
 
 
 def made_up(denoiser: Denoiser) -> dict[str, LayerObservation]:
@@ -376,6 +414,7 @@ def _profile(manifest: KitManifest, header: KitHeader, rounds: Rounds) -> Latenc
     def timing(graph: KitGraph) -> Timing:
         return timing_of(rounds[graph.name], ci_target=header.ci_target)
 
+    alone = {beyond_fp32(g.precisions): g for g in by_role["phase"] if g.other is None}
     slowed = (Flag.THROTTLED,) if protocol.throttled(drifts, reference) else ()
     return LatencyProfile(
         edgeqdm_version=manifest.edgeqdm_version,
@@ -422,6 +461,19 @@ def _profile(manifest: KitManifest, header: KitHeader, rounds: Rounds) -> Latenc
                 timing=timing(graph),
             )
             for graph in by_role["whole"]
+        ),
+        phases=tuple(
+            PhaseCost(
+                model=manifest.model,
+                batch=manifest.batch,
+                precisions=graph.precisions,
+                other=graph.other,
+                provenance="measured",
+                alone=timing(alone[beyond_fp32(graph.precisions)]),
+                among=timing(graph),
+            )
+            for graph in by_role["phase"]
+            if graph.other is not None
         ),
     )
 

@@ -1,6 +1,7 @@
 """What a profile says of a network at given precisions: latency and bytes.
 
     latency = base + sum of scale[form] * (entries of that form - overhead - what they share)
+              + what a graph of several phases takes longer
 
 Alone, an operation finds its tensors in the cache and pays for a call of its own; beside others it
 does not. So the entries of every form of computation get one scale, and everything that is no
@@ -10,6 +11,7 @@ entry is one base, fitted to whole networks measured on the same device.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ from edgeqdm.errors import InputError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, TABLE, ActivationPolicy, Precision
-from edgeqdm.ir.profile import BoundaryKind, LatencyProfile, OpKey, WholeGraph
+from edgeqdm.ir.profile import BoundaryKind, LatencyProfile, OpKey, PhaseCost, WholeGraph
 from edgeqdm.profile.opkeys import NetworkKeys
 
 Precisions = Mapping[str, Precision]
@@ -59,6 +61,7 @@ class LatencyModel:
         quantize_us: of a tensor of this shape.
         base_us: of everything that is no entry.
         scales: by form of computation, see `form_of`.
+        phases_us: what an evaluation takes longer in a graph of several phases than alone.
         error: on networks left out of the fit; None where fewer than 3 were measured.
     """
 
@@ -68,6 +71,7 @@ class LatencyModel:
     base_us: float
     scales: Mapping[str, float]
     error: PredictionError | None
+    phases_us: float = 0.0
 
     def layer_us(self, layer: str, precision: Precision) -> float:
         """What one layer adds to a network, in microseconds.
@@ -80,7 +84,7 @@ class LatencyModel:
         return self.scales.get(form_of(precision), 1.0) * self._net(layer, precision)
 
     def predict_us(self, precisions: Precisions) -> float:
-        """Time of one evaluation of one image, in microseconds."""
+        """Time of one evaluation of one image in a graph of its own, in microseconds."""
         layers = sum(
             self.layer_us(layer, precisions.get(layer, FP32)) for layer in self.network.keys
         )
@@ -88,9 +92,14 @@ class LatencyModel:
 
     def predict_plan_us(self, plan: DeploymentPlan) -> tuple[float, ...]:
         """Time of one evaluation in every phase, in microseconds, [P]."""
-        return tuple(
-            self.predict_us({a.layer: a.precision for a in phase.layers}) for phase in plan.phases
+        return self.predict_phases_us(
+            [{a.layer: a.precision for a in phase.layers} for phase in plan.phases]
         )
+
+    def predict_phases_us(self, phases: Sequence[Precisions]) -> tuple[float, ...]:
+        """Time of one evaluation in every phase of one graph, in microseconds, [P]."""
+        more = self.phases_us if len(phases) > 1 else 0.0
+        return tuple(self.predict_us(precisions) + more for precisions in phases)
 
     def mean_us(self, plan: DeploymentPlan) -> float:
         """Time of one evaluation, the mean over the steps."""
@@ -160,7 +169,8 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         for cost in profile.boundaries
         if cost.kind is BoundaryKind.QUANTIZE
     }
-    plain = LatencyModel(network, net_us, quantize_us, overhead, {}, None)
+    more = phases_us(profile, network)
+    plain = LatencyModel(network, net_us, quantize_us, overhead, {}, None, more)
     wholes = [w for w in profile.wholes if (w.model, w.batch) == (network.model, network.batch)]
     known = [w for w in wholes if not missing_entries(profile, entries_of(network, w.precisions))]
     if not known:
@@ -176,7 +186,23 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         float(base),
         {form: float(scale) for form, scale in zip(forms, scales, strict=True)},
         _left_out(rows, measured, [_mixed(whole) for whole in known]),
+        more,
     )
+
+
+def phases_us(profile: LatencyProfile, network: NetworkKeys) -> float:
+    """What an evaluation takes longer in a graph of several phases, in microseconds.
+
+    The median of the profile's pairs of this network, at least 0; 0 if it has none.
+    """
+    more = [cost.among.median_us - cost.alone.median_us for cost in phase_costs(profile, network)]
+    return max(0.0, float(np.median(more))) if more else 0.0
+
+
+def phase_costs(profile: LatencyProfile, network: NetworkKeys) -> list[PhaseCost]:
+    """The profile's pairs of this network."""
+    mine = (network.model, network.batch)
+    return [cost for cost in profile.phases if (cost.model, cost.batch) == mine]
 
 
 def _check_units(rows: Rows, measured: Rows) -> None:
@@ -270,31 +296,32 @@ class StorageModel:
 
     Attributes:
         network: its operations.
-        weight_bytes: (key, precision) -> bytes on disk and resident.
+        weight_bytes: (kind, shape of the weight, precision, phases that have it so) -> bytes on
+            disk and resident.
         base_bytes: of everything that is no weight of a layer, on disk; all but the network's other
             tensors is the graph's nodes, which every phase has of its own.
         tables: bytes of a layer's table, for layers that may become one.
     """
 
     network: NetworkKeys
-    weight_bytes: Callable[[LayerKind, tuple[int, ...], Precision], tuple[int, int]]
+    weight_bytes: Callable[[LayerKind, tuple[int, ...], Precision, int], tuple[int, int]]
     base_bytes: int
     tables: Mapping[str, int]
 
-    def layer_bytes(self, layer: str, precision: Precision) -> tuple[int, int]:
-        """Bytes on disk and resident of one layer at one precision."""
+    def layer_bytes(self, layer: str, precision: Precision, n_phases: int = 1) -> tuple[int, int]:
+        """Bytes on disk and resident of a layer that so many phases have at one precision."""
         if precision == TABLE:
             return self.tables[layer], self.tables[layer]
         key = self.network.keys[layer]
-        return self.weight_bytes(key.kind, key.weight_shape, precision)
+        return self.weight_bytes(key.kind, key.weight_shape, precision, n_phases)
 
     def predict_bytes(self, phases: Sequence[Precisions]) -> tuple[int, int]:
-        """Bytes on disk and resident; a layer is stored once for every precision it has."""
+        """Bytes on disk and resident of a graph of these phases."""
         nodes = max(0, self.base_bytes - self.network.rest_bytes)
         disk = resident = self.base_bytes + (len(phases) - 1) * nodes
         for layer in self.network.keys:
-            for precision in dict.fromkeys(p.get(layer, FP32) for p in phases):
-                mine = self.layer_bytes(layer, precision)
+            for precision, n in Counter(p.get(layer, FP32) for p in phases).items():
+                mine = self.layer_bytes(layer, precision, n)
                 disk, resident = disk + mine[0], resident + mine[1]
         return disk, resident
 

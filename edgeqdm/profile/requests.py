@@ -110,16 +110,36 @@ def full_request(
     *,
     tables: Collection[str] = (),
     n_wholes: int = DEFAULT_WHOLES,
+    phased: bool = True,
     seed: int = 0,
 ) -> KitRequest:
-    """Everything that `fit_latency` can use of a network; `tables` are looked up in all of it."""
+    """Everything that `fit_latency` can use of a network.
+
+    Args:
+        network: its operations.
+        offered: precisions by kind of layer.
+        tables: layers that are looked up in all of it.
+        n_wholes: mixed networks, beside one for every precision.
+        phased: whether plans may have several phases.
+        seed: of the mixed networks.
+    """
     keys = dict.fromkeys(key for layer, key in network.keys.items() if layer not in tables)
     shapes = dict.fromkeys(network.keys[names[0]].input_shape for names in network.siblings)
     return KitRequest(
         entries=[(key, p) for key in keys for p in offered[key.kind]],
         boundaries=[(BoundaryKind.QUANTIZE, shape) for shape in shapes],
         wholes=_different_wholes(network, offered, n_wholes, tables=tables, seed=seed),
+        phases=_different_phases(network, offered, tables=tables) if phased else (),
     )
+
+
+def _different_phases(
+    network: NetworkKeys, offered: Candidates, *, tables: Collection[str]
+) -> list[tuple[dict[str, Precision], dict[str, Precision]]]:
+    """Every precision alone beside the one before it, the first beside the last."""
+    uniform = uniform_precisions(network, offered, tables=tables)
+    found = list({beyond_fp32(precisions): precisions for precisions in uniform}.values())
+    return [(each, found[k - 1]) for k, each in enumerate(found)] if len(found) > 1 else []
 
 
 def _different_wholes(

@@ -3,13 +3,15 @@
     minimise    sum over groups and phases of damage[g, p, c]
     subject to  sum over phases of their share of steps * (sum of latency[g, c]
                     + sum of the shared costs that any choice of the phase calls for) <= budget
-                sum of bytes[g, c] over the precisions that any phase uses <= limit
+                sum of bytes[g, c] over the precisions that any phase uses
+                    + sum of copies[g, c] over those that further phases use too <= limit
 
 a multiple-choice knapsack, solved to optimality within `GAP`, or as far as `NODES` go.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,9 +55,10 @@ class Additive:
         damage: of a group in a phase at each of its choices, [P][G] arrays of [C]; infinite
             where it was not measured.
         latency_us: of a group at each of its choices, [G] arrays of [C].
-        disk_bytes: the same, [G] arrays of [C].
+        disk_bytes: the same, of the first phase that has it, [G] arrays of [C].
         shares: of the steps, by phase, sum 1, [P].
         shared: costs beside those of single choices.
+        copy_bytes: what every further phase adds to `disk_bytes`; empty: nothing.
     """
 
     damage: Sequence[Sequence[Values]]
@@ -63,6 +66,7 @@ class Additive:
     disk_bytes: Sequence[Values]
     shares: Sequence[float]
     shared: Sequence[Shared] = ()
+    copy_bytes: Sequence[Values] = ()
 
     @property
     def n_phases(self) -> int:
@@ -74,12 +78,17 @@ class Additive:
         for p, mine in enumerate(choices):
             damage += sum(float(self.damage[p][g][c]) for g, c in enumerate(mine))
             latency += self.shares[p] * self._phase_us(mine)
+        copies = self.copies()
         stored = sum(
-            float(self.disk_bytes[g][c])
+            float(self.disk_bytes[g][c] + (n - 1) * copies[g][c])
             for g in range(len(self.latency_us))
-            for c in {mine[g] for mine in choices}
+            for c, n in Counter(mine[g] for mine in choices).items()
         )
         return damage, latency, stored
+
+    def copies(self) -> Sequence[Values]:
+        """`copy_bytes`, zeros where there are none."""
+        return self.copy_bytes or [np.zeros_like(each) for each in self.disk_bytes]
 
     def _phase_us(self, mine: Sequence[int]) -> float:
         there = set(enumerate(mine))
@@ -264,8 +273,9 @@ class _Layout:
         return np.concatenate(parts)
 
     def bytes(self, model: Additive) -> Values:
-        own = np.concatenate(model.disk_bytes)
-        return np.concatenate([np.zeros(self.n_variables - self.row), own])
+        own, copy = np.concatenate(model.disk_bytes), np.concatenate(model.copies())
+        shared = np.zeros(self.n_phases * self.n_shared)
+        return np.concatenate([np.tile(copy, self.n_phases), shared, own - copy])
 
     def one_each(self) -> list[Row]:
         return [

@@ -100,7 +100,7 @@ class Pricing:
         phases = [self.space.assignment(choices) for choices in merged.precisions]
         stops = (*merged.starts[1:], self.space.n_steps)
         steps = [b - a for a, b in zip(merged.starts, stops, strict=True)]
-        each = [self.latency.predict_us(phase) for phase in phases]
+        each = self.latency.predict_phases_us(phases)
         mean = sum(n * us for n, us in zip(steps, each, strict=True)) / self.space.n_steps
         disk, resident = self.storage.predict_bytes(phases)
         return Price(mean, disk, resident)

@@ -128,23 +128,26 @@ def additive(
         return total
 
     users, shared = _shared(pricing)
-    stored = [
-        [
-            sum(
-                pricing.storage.layer_bytes(layer, space.layer_precision(layer, choice))[0]
-                for layer in group.layers
-            )
-            for choice in group.choices
+
+    def stored(n_phases: int) -> list[np.ndarray]:
+        def disk(layer: str, choice: Precision) -> int:
+            precision = space.layer_precision(layer, choice)
+            return pricing.storage.layer_bytes(layer, precision, n_phases)[0]
+
+        return [
+            np.array([float(sum(disk(layer, c) for layer in g.layers)) for c in g.choices])
+            for g in space.groups
         ]
-        for group in space.groups
-    ]
+
+    once = stored(1)
     return Additive(
         damage=[
             [np.array([damage(g.layers, c, a, b) for c in g.choices]) for g in space.groups]
             for a, b in phases
         ],
         latency_us=users,
-        disk_bytes=[np.array(each, np.float64) for each in stored],
+        disk_bytes=once,
+        copy_bytes=[two - one for one, two in zip(once, stored(2), strict=True)],
         shares=[(b - a) / space.n_steps for a, b in phases],
         shared=shared,
     )
@@ -228,9 +231,10 @@ def _least_damage(
     best: tuple[float, Candidate] | None = None
     for starts, model in models:
         room = _room(pricing, len(starts), max_bytes)
-        if room is not None and room <= 0:
+        left_us = budget_us - (pricing.latency.phases_us if len(starts) > 1 else 0.0)
+        if left_us <= 0 or (room is not None and room <= 0):
             continue
-        choices = optimum(model, budget_us=budget_us, max_bytes=room)
+        choices = optimum(model, budget_us=left_us, max_bytes=room)
         if choices is None:
             continue
         damage = model.cost(choices)[0]
@@ -251,7 +255,7 @@ def _bytes_beside(pricing: Pricing, n_phases: int) -> int:
     (choices,) = space.uniform(FP32).precisions
     probe = space.assignment(choices)
     mine = sum(
-        storage.layer_bytes(layer, probe[layer])[0]
+        storage.layer_bytes(layer, probe[layer], n_phases)[0]
         for group in space.groups
         for layer in group.layers
     )

@@ -31,6 +31,7 @@ from edgeqdm.ir.profile import (
     LatencyEntry,
     LatencyProfile,
     OpKey,
+    PhaseCost,
     Protocol,
     Runtime,
     Timing,
@@ -84,6 +85,15 @@ def example_profile() -> LatencyProfile:
         provenance="measured",
         timing=timing(180.5, Flag.NOISY),
     )
+    phases = PhaseCost(
+        model="0" * 64,
+        batch=1,
+        precisions={"conv_in": FP32, "mid.to_q": W8A8},
+        other={"conv_in": W8A8},
+        provenance="measured",
+        alone=timing(180.5, Flag.NOISY),
+        among=timing(187.5),
+    )
     return sealed_profile(
         LatencyProfile(
             edgeqdm_version="0.1.0",
@@ -107,6 +117,7 @@ def example_profile() -> LatencyProfile:
             entries=tuple(entries),
             boundaries=(quantize,),
             wholes=(whole,),
+            phases=(phases,),
         )
     )
 
@@ -427,7 +438,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(
 def doubled(field: str) -> bytes:
     """The profile with its first item of a list once more, at another time."""
     items = json.loads(STORED)[field]
-    again = {**items[0], "timing": PROFILE.overhead.model_dump(mode="json")}
+    named = "among" if field == "phases" else "timing"
+    again = {**items[0], named: PROFILE.overhead.model_dump(mode="json")}
     return edited(field, value=[*items, again])
 
 
@@ -437,6 +449,7 @@ def doubled(field: str) -> bytes:
         ("entries", ("linear 1x16x16 * 16x16 at fp32",)),
         ("boundaries", ("quantize", "1x16x16")),
         ("wholes", ("wholes[1]",)),
+        ("phases", ("phases[1]",)),
     ],
 )
 def test_what_has_two_latencies_is_refused_and_named(field: str, told: tuple[str, ...]) -> None:
@@ -454,6 +467,16 @@ def test_a_layer_in_fp32_and_one_left_out_are_the_same_network() -> None:
     for other in ({"model": "1" * 64}, {"batch": 2}, {"precisions": {"mid.to_q": "w4a8"}}):
         data = edited("wholes", value=[first, first | other])
         assert len(parse_record(data, LatencyProfile, name="x").wholes) == 2
+
+
+def test_phases_beside_others_are_other_phases() -> None:
+    (first,) = json.loads(STORED)["phases"]
+    again = {**first, "other": {"conv_in": "w8a8", "mid.to_q": "fp32"}}
+    with pytest.raises(InputError, match=r"phases\[1\] has more than one entry"):
+        parse_record(edited("phases", value=[first, again]), LatencyProfile, name="x")
+    for other in ({"model": "1" * 64}, {"batch": 2}, {"precisions": {}}, {"other": {}}):
+        data = edited("phases", value=[first, first | other])
+        assert len(parse_record(data, LatencyProfile, name="x").phases) == 2
 
 
 def test_one_operation_at_two_precisions_is_two_entries() -> None:

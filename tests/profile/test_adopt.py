@@ -23,6 +23,7 @@ from edgeqdm.ir.profile import (
     LatencyEntry,
     LatencyProfile,
     OpKey,
+    PhaseCost,
     Protocol,
     Runtime,
     Timing,
@@ -75,6 +76,18 @@ def whole(precision: Precision, us: float, *flags: Flag) -> WholeGraph:
     )
 
 
+def phases(alone: Timing, among: Timing) -> PhaseCost:
+    return PhaseCost(
+        model="0" * 64,
+        batch=1,
+        precisions={"conv_in": W8A8},
+        other={},
+        provenance="measured",
+        alone=alone,
+        among=among,
+    )
+
+
 def profile_of(**changes: Any) -> LatencyProfile:
     fields: dict[str, Any] = {
         "edgeqdm_version": "0.1.0",
@@ -96,6 +109,7 @@ def profile_of(**changes: Any) -> LatencyProfile:
         "entries": (entry(16, FP32, 30.0), entry(16, W8A8, 12.0)),
         "boundaries": (boundary(4.0),),
         "wholes": (whole(FP32, 200.0),),
+        "phases": (phases(timing(100.0), timing(104.0)),),
     }
     return sealed_profile(LatencyProfile(**(fields | changes)))
 
@@ -201,8 +215,11 @@ def test_damage_is_told_before_the_target_and_that_before_flags(tmp_path: Path) 
     assert refusal(path, target="tensorrt").code == "EQ-3520"
 
 
+PLACES = ("flags", "overhead", "entries", "boundaries", "wholes")
+
+
 @pytest.mark.parametrize("flag", sorted(REFUSED_FLAGS))
-@pytest.mark.parametrize("place", ["flags", "overhead", "entries", "boundaries", "wholes"])
+@pytest.mark.parametrize("place", [*PLACES, "alone", "among"])
 def test_figures_nothing_may_be_decided_on_are_refused_wherever_they_are(
     place: str, flag: Flag, tmp_path: Path
 ) -> None:
@@ -212,8 +229,11 @@ def test_figures_nothing_may_be_decided_on_are_refused_wherever_they_are(
         "entries": (entry(16, FP32, 30.0), entry(16, W8A8, 12.0, Flag.NOISY, flag)),
         "boundaries": (boundary(4.0, flag),),
         "wholes": (whole(FP32, 200.0, flag),),
+        "alone": (phases(timing(100.0, flag), timing(104.0)),),
+        "among": (phases(timing(100.0), timing(104.0, flag)),),
     }
-    path = stored(tmp_path, profile_of(**{place: flagged[place]}))
+    field = place if place in PLACES else "phases"
+    path = stored(tmp_path, profile_of(**{field: flagged[place]}))
     problem = refusal(path)
     assert problem.code == "EQ-3522"
     assert problem.message == f"figures are flagged {flag}"
@@ -235,7 +255,7 @@ def test_only_the_flags_named_are_accepted_and_only_those_found_are_told(tmp_pat
 def test_rough_figures_are_taken_and_counted(tmp_path: Path) -> None:
     rough = (entry(16, FP32, 30.0, Flag.NOISY, Flag.UNSTABLE), entry(16, W8A8, 12.0))
     told = warnings_of(tmp_path, entries=rough, wholes=(whole(FP32, 9.0, Flag.CI_NOT_REACHED),))
-    assert told == ("2 of 5 figures are noisy or not settled",)
+    assert told == ("2 of 7 figures are noisy or not settled",)
 
 
 # Warnings.
@@ -367,6 +387,7 @@ NEW = profile_of(
     entries=(entry(16, W8A8, 11.0), entry(64, W8A8, 50.0)),
     boundaries=(boundary(3.0),),
     wholes=(whole(FP32, 190.0), whole(W8A8, 90.0)),
+    phases=(phases(timing(90.0), timing(95.0)),),
 )
 
 
@@ -381,6 +402,9 @@ def test_of_two_profiles_the_newer_figure_wins_and_nothing_is_lost() -> None:
     }
     assert found.boundaries == NEW.boundaries
     assert [w.timing.median_us for w in found.wholes] == [190.0, 90.0]
+    assert found.phases == NEW.phases
+    kept = merged(OLD, NEW.model_copy(update={"phases": ()}))
+    assert kept.phases == OLD.phases
     # As old as its oldest figure: so it is told when that goes stale.
     assert (found.created, found.overhead) == (OLD.created, NEW.overhead)
 

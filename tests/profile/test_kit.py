@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from edgeqdm.backends import load_backend
 from edgeqdm.emit.writer import check_folder_destination, staged_folder
 from edgeqdm.errors import InputError, OutputError, ResourceError, UnsupportedError
-from edgeqdm.ir.codec import dump_record, read_record
+from edgeqdm.ir.codec import dump_record, parse_record, read_record
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.precision import FP32, W8A8, Precision
 from edgeqdm.ir.profile import (
@@ -77,6 +78,10 @@ class Kit:
             ],
             boundaries=[(BoundaryKind.QUANTIZE, SHAPE)],
             wholes=[dict.fromkeys(names[::2], W8A8)],
+            phases=[
+                (dict.fromkeys(names, W8A8), {}),
+                (dict.fromkeys(names, W8A8), dict.fromkeys(names[::2], W8A8)),
+            ],
         )
         self.told: list[tuple[int, int]] = []
         self.path = folder / "kit"
@@ -290,12 +295,42 @@ def test_a_quantized_layer_of_a_kit_is_near_the_float_one(kit: Kit, precision: P
 
 
 def test_a_plan_to_be_timed_leaves_absent_layers_in_float(kit: Kit) -> None:
-    plan = plan_of(kit.denoiser, "onnxruntime", kit.request.wholes[0])
+    plan = plan_of(kit.denoiser, "onnxruntime", [kit.request.wholes[0]])
     (phase,) = plan.phases
     assert (phase.start, phase.stop) == (0, kit.denoiser.program.n_steps)
     for assignment in phase.layers:
         wanted = kit.request.wholes[0].get(assignment.layer, FP32)
         assert assignment.precision == wanted
+
+
+def test_phases_to_be_timed_share_the_steps(kit: Kit) -> None:
+    names = [info.name for info in kit.denoiser.info.layers]
+    plan = plan_of(kit.denoiser, "onnxruntime", [{}, dict.fromkeys(names, W8A8), {}])
+    assert [(p.start, p.stop) for p in plan.phases] == [(0, 1), (1, 2), (2, 4)]
+    assert [{a.precision for a in p.layers} for p in plan.phases] == [{FP32}, {W8A8}, {FP32}]
+
+
+def test_a_phase_among_others_is_timed_beside_the_same_network_alone(kit: Kit) -> None:
+    alone, *among = kit.graphs("phase")
+    assert (alone.other, alone.precisions) == (None, kit.request.phases[0][0])
+    assert [(g.precisions, g.other) for g in among] == list(kit.request.phases)
+    for graph in (alone, *among):
+        model = onnx.load(kit.path / "graphs" / graph.name / "model.onnx")
+        assert ("If" in {node.op_type for node in model.graph.node}) == (graph.other is not None)
+    profile = kit.profile
+    assert [(p.precisions, p.other) for p in profile.phases] == list(kit.request.phases)
+    first, second = profile.phases
+    assert first.alone == second.alone
+    assert len({first.alone.median_us, first.among.median_us, second.among.median_us}) == 3
+    assert first.model == kit.denoiser.info.fingerprint
+
+
+def test_a_kit_without_the_network_alone_is_refused(kit: Kit) -> None:
+    alone = kit.graphs("phase")[0]
+    left = [graph for graph in kit.manifest.graphs if graph != alone]
+    told = dump_record(kit.manifest.model_copy(update={"graphs": tuple(left)}))
+    with pytest.raises(InputError, match="alone"):
+        parse_record(told, KitManifest, name="kit.json")
 
 
 def test_a_folder_that_is_there_is_refused_before_the_work(kit: Kit, tmp_path: Path) -> None:
@@ -322,6 +357,7 @@ def test_the_same_thing_twice_is_refused_before_the_work(kit: Kit, tmp_path: Pat
         KitRequest(entries=[entry, entry]),
         KitRequest(entries=[entry], boundaries=[shape, shape]),
         KitRequest(entries=[], wholes=[{}, dict.fromkeys(names, FP32)]),
+        KitRequest(entries=[], phases=[({}, {names[0]: W8A8}), ({}, {names[0]: W8A8})]),
     ):
         with pytest.raises(InputError, match="EQ-3508"):
             make_kit(kit.denoiser, kit.backend, request, tmp_path / "kit")

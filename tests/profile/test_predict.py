@@ -22,6 +22,7 @@ from edgeqdm.ir.profile import (
     LatencyEntry,
     LatencyProfile,
     OpKey,
+    PhaseCost,
     Protocol,
     Runtime,
     Timing,
@@ -385,6 +386,47 @@ def test_a_plan_costs_the_mean_over_its_steps() -> None:
     assert MODEL_OF_3.mean_us(plan) == pytest.approx((3 * slow + fast) / 4)
 
 
+def test_several_phases_cost_what_they_were_measured_to_cost() -> None:
+    model, plan = replace(MODEL_OF_3, phases_us=7.0), plan_of((3, FP32), (1, W8A8))
+    slow, fast = MODEL_OF_3.predict_plan_us(plan)
+    assert model.predict_plan_us(plan) == (slow + 7.0, fast + 7.0)
+    assert model.mean_us(plan) == pytest.approx(MODEL_OF_3.mean_us(plan) + 7.0)
+    alone = plan_of((4, W8A8))
+    assert model.predict_plan_us(alone) == MODEL_OF_3.predict_plan_us(alone) == (fast,)
+
+
+def phases(alone: float, among: float, first: Precision, *, batch: int = 1) -> PhaseCost:
+    return PhaseCost(
+        model=MODEL,
+        batch=batch,
+        precisions=dict.fromkeys(WIDTHS, first),
+        other={},
+        provenance="measured",
+        alone=timing(alone),
+        among=timing(among),
+    )
+
+
+@pytest.mark.parametrize("wholes", [0, 6])
+def test_what_phases_cost_is_the_median_of_the_pairs_of_this_network(wholes: int) -> None:
+    pairs = [
+        phases(100.0, 103.0, W8A8),
+        phases(300.0, 309.0, W8),
+        phases(200.0, 999.0, W4A8),
+        phases(100.0, 500.0, W8A8, batch=2),
+    ]
+    profile = profile_of(NET_US, measured(mixes(wholes), ONES))
+    found = fit_latency(profile.model_copy(update={"phases": tuple(pairs)}), ALONE)
+    assert found.phases_us == 9.0
+    assert fit_latency(profile, ALONE).phases_us == 0.0
+    assert found == replace(fit_latency(profile, ALONE), phases_us=9.0)
+
+
+def test_phases_that_were_faster_by_chance_save_nothing() -> None:
+    profile = profile_of(NET_US).model_copy(update={"phases": (phases(100.0, 98.0, W8A8),)})
+    assert fit_latency(profile, ALONE).phases_us == 0.0
+
+
 def test_an_entry_quicker_than_an_empty_graph_costs_nothing() -> None:
     profile = profile_of({**NET_US, (linear(16), W8A8): -2.0})
     assert fit_latency(profile, ALONE).layer_us("q", W8A8) == 0.0
@@ -442,9 +484,11 @@ def test_of_many_missing_operations_ten_are_listed_and_the_rest_counted() -> Non
 
 
 def bytes_of(
-    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
+    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision, n_phases: int
 ) -> tuple[int, int]:
-    values = weight_shape[0] * weight_shape[1]
+    """What is in float has a copy per phase."""
+    copies = n_phases if precision == FP32 else 1
+    values = copies * weight_shape[0] * weight_shape[1]
     return values * precision.weight_bits // 8, values
 
 
@@ -458,6 +502,8 @@ def test_a_layer_is_stored_once_for_every_precision_it_has() -> None:
     assert STORAGE.predict_bytes([one, one]) == STORAGE.predict_bytes([one])
     assert STORAGE.predict_bytes([one, other]) == (1000 + values + values // 2, 1000 + 2 * values)
     assert STORAGE.predict_bytes([{}]) == (1000 + 4 * values, 1000 + values)
+    mixed = STORAGE.predict_bytes([{}, one, {}])
+    assert mixed == (1000 + (2 * 4 + 1) * values, 1000 + (2 + 1) * values)
 
 
 def test_every_further_phase_has_nodes_of_its_own() -> None:

@@ -196,6 +196,20 @@ def test_whole_networks_are_one_per_precision_and_as_many_mixed_ones_as_asked() 
         assert len(request.wholes) == len(uniform) + n
 
 
+def test_every_precision_alone_is_a_phase_beside_another_one() -> None:
+    uniform = uniform_precisions(NETWORK, OFFERED)
+    phases = full_request(NETWORK, OFFERED).phases
+    assert [first for first, _ in phases] == uniform
+    assert sorted(map(str, uniform)) == sorted(str(other) for _, other in phases)
+    assert all(first != other for first, other in phases)
+    assert not full_request(NETWORK, OFFERED, phased=False).phases
+
+
+def test_a_network_of_one_precision_has_no_phases_to_time() -> None:
+    offered = {kind: (FP32,) for kind in LayerKind}
+    assert not full_request(NETWORK, offered).phases
+
+
 def test_no_network_is_asked_for_twice_and_the_mixed_ones_are_as_many() -> None:
     few = NetworkKeys("0" * 64, 1, {"a": CONV, "b": CONV}, ())
     offered = {kind: (FP32, W8A8) for kind in LayerKind}

@@ -57,15 +57,18 @@ def try_all(model: Additive) -> Everything:
     for each in model.shared:
         called = np.any([row[:, g] == c for g, c in each.users], 0)
         latency = latency + each.us * called
-    damage, total, masks = np.zeros(1), np.zeros(1), np.zeros(1, np.int64)
+    copy = np.sum([model.copies()[g][row[:, g]] for g in groups], 0)
+    damage, total, masks, copied = np.zeros(1), np.zeros(1), np.zeros(1, np.int64), np.zeros(1)
     for p, phase in enumerate(model.damage):
         mine = np.sum([phase[g][row[:, g]] for g in groups], 0)
         damage = np.add.outer(damage, mine).ravel()
         total = np.add.outer(total, model.shares[p] * latency).ravel()
         masks = np.bitwise_or.outer(masks, used).ravel()
-    sizes = np.concatenate(model.disk_bytes)
+        copied = np.add.outer(copied, copy).ravel()
+    # The first of equal copies is in the sum of all copies already.
+    sizes = np.concatenate(model.disk_bytes) - np.concatenate(model.copies())
     bits = np.arange(2 ** len(sizes))[:, None] >> np.arange(len(sizes)) & 1
-    return Everything(damage, total, (bits @ sizes)[masks])
+    return Everything(damage, total, (bits @ sizes)[masks] + copied)
 
 
 small = st.integers(0, 20).map(float)
@@ -83,10 +86,13 @@ def models(draw: st.DrawFn, *, shared: bool = True) -> Additive:
     cost = st.integers(1, 30).map(float)
     every = [(g, c) for g, width in enumerate(widths) for c in range(width)]
     users = st.frozensets(st.sampled_from(every), min_size=1)
+    disk_bytes = [values(cost, width) for width in widths]
+    copied = [values(st.sampled_from([0.0, 1.0]), width) for width in widths]
     return Additive(
         damage=[[values(small, width) for width in widths] for _ in steps],
         latency_us=[values(cost, width) for width in widths],
-        disk_bytes=[values(cost, width) for width in widths],
+        disk_bytes=disk_bytes,
+        copy_bytes=[a * b for a, b in zip(disk_bytes, copied, strict=True)],
         shares=[n / sum(steps) for n in steps],
         shared=draw(st.lists(st.builds(Shared, cost, users), max_size=3)) if shared else (),
     )
@@ -163,7 +169,7 @@ def test_one_large_damage_does_not_blur_the_small_ones(largest: float) -> None:
 @given(models(), shares)
 def test_a_byte_limit_that_everything_keeps_changes_nothing(model: Additive, share: float) -> None:
     budget = budget_between(model, share)
-    every = sum(float(each.sum()) for each in model.disk_bytes)
+    every = model.n_phases * sum(float(each.sum()) for each in model.disk_bytes)
     free = optimum(model, budget_us=budget)
     kept = optimum(model, budget_us=budget, max_bytes=every)
     assert free is not None
@@ -230,6 +236,19 @@ def test_two_phases_of_one_precision_are_stored_once() -> None:
         assert found is not None
         assert model.cost(found)[0] == damages
         assert model.cost(found)[2] <= limit
+
+
+def test_a_copy_per_phase_counts_as_often_as_it_is_there() -> None:
+    damage = [[np.array([0.0, 1.0])]] * 3
+    size, copy = [np.array([8.0, 3.0])], [np.array([8.0, 0.0])]
+    model = Additive(damage, [np.ones(2)], size, [1 / 3] * 3, copy_bytes=copy)
+    assert model.cost([[0], [0], [0]])[2] == 24.0
+    assert model.cost([[0], [1], [0]])[2] == 19.0
+    assert model.cost([[1], [1], [1]])[2] == 3.0
+    for limit, damages in ((24.0, 0.0), (23.0, 1.0), (18.0, 2.0), (10.0, 3.0)):
+        found = optimum(model, budget_us=2.0, max_bytes=limit)
+        assert found is not None
+        assert model.cost(found)[0] == damages
 
 
 def test_no_damage_at_all_is_no_division_by_0() -> None:

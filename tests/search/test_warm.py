@@ -50,10 +50,13 @@ def linear(width: int) -> OpKey:
 NETWORK = NetworkKeys(MODEL, 1, {name: linear(width) for name, width in WIDTHS.items()}, SIBLINGS)
 
 
-def weight_bytes(kind: LayerKind, shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
-    """Codes and a scale per output channel, float32."""
+def weight_bytes(
+    kind: LayerKind, shape: tuple[int, ...], precision: Precision, n_phases: int
+) -> tuple[int, int]:
+    """Codes and a scale per output channel, float32; what is in float has a copy per phase."""
     disk = math.prod(shape) * precision.weight_bits // 8 + 4 * shape[0]
-    return disk, 2 * disk
+    copies = n_phases if precision == FP32 else 1
+    return copies * disk, 2 * copies * disk
 
 
 def pricing_of(
@@ -63,6 +66,7 @@ def pricing_of(
     tie: bool = False,
     quantize_us: float = 0.5,
     base_bytes: int = 1000,
+    phases_us: float = 0.0,
 ) -> Pricing:
     """Layers cost their width to the 1.5; those fed the same tensor quantize it once."""
     layers = tuple(
@@ -84,7 +88,7 @@ def pricing_of(
         for width in WIDTHS.values()
         for precision, share in SHARE_US.items()
     }
-    latency = LatencyModel(NETWORK, net_us, {(1, 16, 16): quantize_us}, 7.0, {}, None)
+    latency = LatencyModel(NETWORK, net_us, {(1, 16, 16): quantize_us}, 7.0, {}, None, phases_us)
     storage = StorageModel(NETWORK, weight_bytes, base_bytes, {"time": 96})
     return Pricing(space, latency, storage)
 
@@ -169,7 +173,7 @@ def test_they_are_points_of_the_space() -> None:
     ("share", "disk_share"), [(0.3, None), (None, 0.5), (0.5, 0.5), (0.05, 0.9)]
 )
 def test_optima_keep_the_limits(tie: bool, share: float | None, disk_share: float | None) -> None:
-    pricing = pricing_of(max_phases=2, tie=tie)
+    pricing = pricing_of(max_phases=2, tie=tie, phases_us=3.0)
     most = pricing.price(pricing.space.uniform(FP32))
     fastest, smallest = fastest_plan_us(pricing), least_bytes(pricing)
     limits = Limits(
@@ -190,7 +194,7 @@ def test_optima_keep_the_limits(tie: bool, share: float | None, disk_share: floa
 @pytest.mark.parametrize("n_phases", [1, 2])
 def test_where_damages_add_up_no_candidate_as_fast_does_less(n_phases: int) -> None:
     # Nothing is shared: then latencies add up too.
-    pricing = pricing_of(max_phases=n_phases, quantize_us=0.0)
+    pricing = pricing_of(max_phases=n_phases, quantize_us=0.0, phases_us=2.0)
     found = optima(ladder(pricing, REPORT, limits=Limits(), n=RUNGS))
     others = [
         (pricing.price(each).latency_us, total_damage(pricing, each))
@@ -205,6 +209,16 @@ def test_where_damages_add_up_no_candidate_as_fast_does_less(n_phases: int) -> N
         compared += len(beside)
         assert all(damage <= other * (1 + 2 * GAP) + 1e-12 for other in beside)
     assert compared > 100
+
+
+def test_phases_that_cost_more_than_they_save_are_none() -> None:
+    def most_phases(phases_us: float) -> int:
+        pricing = pricing_of(max_phases=2, phases_us=phases_us)
+        found = ladder(pricing, REPORT, limits=Limits(), n=RUNGS)
+        return max(len(candidate.starts) for _, candidate in found)
+
+    assert most_phases(0.0) == 2
+    assert most_phases(1e4) == 1
 
 
 def test_one_phase_is_the_best_of_all_candidates() -> None:
@@ -289,7 +303,7 @@ def test_the_additive_model_costs_what_the_prices_say() -> None:
     starts = (0, 6)
     model = additive(pricing, REPORT, starts)
     zero = pricing.price(pricing.space.uniform(FP32))
-    alone = model.cost([[0] * len(SEARCHED)] * 2)
+    alone = additive(pricing, REPORT, (0,)).cost([[0] * len(SEARCHED)])
     for candidate in random_candidates(pricing, 50, 2):
         moved = Candidate(starts, candidate.precisions)
         choices = [

@@ -120,9 +120,13 @@ def contents(*models: onnx.ModelProto) -> dict[tuple[int, tuple[int, ...], bytes
             for tensor in graph.initializer:
                 values = numpy_helper.to_array(tensor)
                 narrow = tensor.data_type in (TensorProto.INT4, TensorProto.UINT4)
-                size = -(-values.size // 2) if narrow else values.nbytes
-                found[tensor.data_type, tuple(tensor.dims), values.tobytes()] = size
+                found[content(tensor)] = -(-values.size // 2) if narrow else values.nbytes
     return found
+
+
+def content(tensor: TensorProto) -> tuple[int, tuple[int, ...], bytes]:
+    values = numpy_helper.to_array(tensor)
+    return tensor.data_type, tuple(tensor.dims), values.tobytes()
 
 
 def test_a_step_computes_what_the_graph_of_its_phase_computes(
@@ -228,13 +232,30 @@ def test_weights_of_4_bits_are_stored_in_4(merged: Merged) -> None:
     assert sum(len(t.raw_data) for t in narrow) == sum(-(-c.numel() // 2) for c in codes)
 
 
+def convolved(graph: onnx.GraphProto) -> set[str]:
+    """Names of the weights and biases of float convolutions."""
+    return {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]}
+
+
 def test_a_tensor_is_stored_once_and_outside_all_branches(merged: Merged) -> None:
-    assert len(contents(merged.model)) == sum(
-        len(graph.initializer) for graph in graphs(merged.model.graph)
-    )
-    for branch in list(graphs(merged.model.graph))[1:]:
-        # But the step at which a later phase begins.
-        assert all(int(np.prod(t.dims)) == 1 for t in branch.initializer)
+    """But those of float convolutions, and the steps at which later phases begin."""
+    outer, *branches = graphs(merged.model.graph)
+    shared = [t for graph in (outer, *branches) for t in graph.initializer]
+    copied = [t for branch in branches for t in branch.initializer if t.name in convolved(branch)]
+    for branch in branches:
+        others = [t for t in branch.initializer if t.name not in convolved(branch)]
+        assert all(int(np.prod(t.dims)) == 1 for t in others)
+    again = len(copied) - len({content(t) for t in copied})
+    assert len(contents(merged.model)) == len(shared) - again
+
+
+def test_a_float_convolution_has_its_weight_in_its_branch(merged: Merged) -> None:
+    """Only there can the runtime block it by channels."""
+    outer, *branches = graphs(merged.model.graph)
+    assert not convolved(outer)
+    assert sum(bool(convolved(branch)) for branch in branches) == STEPS
+    for branch in branches:
+        assert convolved(branch) <= {t.name for t in branch.initializer}
 
 
 def test_names_are_defined_once(merged: Merged) -> None:
