@@ -485,6 +485,8 @@ def pareto_table(report: ParetoReport) -> Table:
 
 def profile_table(profile: LatencyProfile, fitted: LatencyModel | None) -> Table:
     """What was measured where, and how well sums of it predict whole networks."""
+    from edgeqdm.profile.predict import costs_of_phases
+
     table = _table("profile", "")
     clock = {"thread_cpu": "CPU time", "wall": "elapsed time"}[profile.protocol.clock]
     table.add_row("device", f"{profile.device.name}, {profile.device.machine}")
@@ -502,7 +504,7 @@ def profile_table(profile: LatencyProfile, fitted: LatencyModel | None) -> Table
         error = fitted.error
         told = f"mean {error.mean:.1%}, worst {error.worst:.1%}, {error.n} networks left out"
         table.add_row("error of sums", told)
-    if fitted is not None and profile.phases:
+    if fitted is not None and costs_of_phases(profile, fitted.network):
         table.add_row("several phases", f"{fitted.phases_us:+.1f} us per evaluation")
     return table
 
@@ -511,7 +513,12 @@ def profile_value(
     file: Path, profile: LatencyProfile, fitted: LatencyModel | None
 ) -> dict[str, Any]:
     """The same for `--json`."""
+    from edgeqdm.profile.predict import costs_of_phases
+
     error = None if fitted is None else fitted.error
+    phased = None
+    if fitted is not None and costs_of_phases(profile, fitted.network):
+        phased = fitted.phases_us
     return {
         "profile": str(file),
         "device": profile.device.model_dump(mode="json"),
@@ -519,10 +526,10 @@ def profile_value(
         "threads": profile.threads,
         "entries": len(profile.entries),
         "wholes": len(profile.wholes),
-        "phases": len(profile.phases),
+        "phase_costs": len(profile.phase_costs),
         "flags": list(profile.flags),
         "prediction_error": None if error is None else asdict(error),
-        "phases_us": None if fitted is None else fitted.phases_us,
+        "phases_us": phased,
     }
 
 

@@ -43,7 +43,7 @@ from edgeqdm.ir.sensitivity import SensitivityReport
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.profile.adopt import PROFILE
 from edgeqdm.profile.opkeys import NetworkKeys
-from edgeqdm.profile.predict import phase_costs
+from edgeqdm.profile.predict import costs_of_phases
 from edgeqdm.quantize.blocks import find_blocks
 from edgeqdm.search.evaluate import Evaluator
 from edgeqdm.search.sensitivity import measure_sensitivity, step_ranges
@@ -363,7 +363,7 @@ def make_task(
     space = _space(denoiser, opened, settings)
     cost = cost_model(profile, opened)
     if notice is not None:
-        unphased = settings.phases > 1 and not phase_costs(profile, opened.network)
+        unphased = settings.phases > 1 and not costs_of_phases(profile, opened.network)
         for line in (*cost.warnings, *([UNPHASED] if unphased else [])):
             notice(line)
     pricing = Pricing(space, cost.latency, cost.storage)

@@ -23,13 +23,13 @@ from edgeqdm.profile.opkeys import NetworkKeys, network_keys
 from edgeqdm.profile.predict import (
     LatencyModel,
     StorageModel,
+    costs_of_phases,
     entries_of,
     fit_latency,
     fitted_base_bytes,
     form_of,
     missing_entries,
     missing_error,
-    phase_costs,
 )
 from edgeqdm.profile.requests import (
     DEFAULT_PRECISIONS,
@@ -205,7 +205,7 @@ def _missing(request: KitRequest, profile: LatencyProfile, network: NetworkKeys)
         entries=[each for each in request.entries if each not in entries],
         boundaries=[each for each in request.boundaries if each not in boundaries],
         wholes=[] if of_model else request.wholes,
-        phases=[] if phase_costs(profile, network) else request.phases,
+        pairs=[] if costs_of_phases(profile, network) else request.pairs,
     )
 
 

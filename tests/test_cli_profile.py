@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from edgeqdm import cli, tuning
+from edgeqdm.cli_output import profile_table, profile_value
 from edgeqdm.ir.codec import dump_record, read_record
 from edgeqdm.ir.precision import FP32, TABLE, W8A8, Precision
 from edgeqdm.ir.profile import (
@@ -117,11 +118,26 @@ def test_a_profile_is_told_as_it_was_stored(folder: Folder) -> None:
     assert folder.value["entries"] == len(profile.entries)
     assert folder.value["wholes"] == 5
     assert folder.value["flags"] == [str(flag) for flag in profile.flags]
+    assert folder.value["phase_costs"] == len(profile.phase_costs) == 2
+    assert folder.value["phases_us"] >= 0
     error = folder.value["prediction_error"]
     # Mixes may be of one precision by chance; of fewer than three there is no error to tell.
     mixed = [w for w in profile.wholes if len(set(w.precisions.values())) > 1]
     assert (error is None) == (len(mixed) < 3)
     assert error is None or error["n"] == len(mixed)
+
+
+def test_what_phases_cost_is_told_of_models_they_were_timed_of(folder: Folder) -> None:
+    profile = stored(folder.profile)
+    denoiser = load(str(folder.model), scheduler="ddim", steps=4)
+    others = [cost.model_copy(update={"model": "f" * 64}) for cost in profile.phase_costs]
+    for costs, told in ((profile.phase_costs, True), (others, False), ((), False)):
+        found = profile.model_copy(update={"phase_costs": tuple(costs)})
+        fitted = tuning.fit_latency(found, tuning.network_keys(denoiser))
+        assert (profile_value(folder.profile, found, fitted)["phases_us"] is not None) == told
+        labels = list(profile_table(found, fitted).columns[0].cells)
+        assert ("several phases" in labels) == told
+    assert profile_value(folder.profile, profile, None)["phases_us"] is None
 
 
 def test_costs_of_plans_follow_from_the_profile(folder: Folder) -> None:

@@ -333,7 +333,9 @@ def test_phases_that_the_profile_cannot_price_are_told_of(run: Run, started: Pat
         among=timing(130.0),
     )
     priced = started.parent / "priced.json"
-    priced.write_bytes(dump_record(sealed_profile(profile.model_copy(update={"phases": (pair,)}))))
+    priced.write_bytes(
+        dump_record(sealed_profile(profile.model_copy(update={"phase_costs": (pair,)})))
+    )
     for source, phases, told in ((run.profile, 1, 0), (run.profile, 2, 1), (priced, 2, 0)):
         out = started.parent / f"{source.stem}-{phases}"
         shutil.copytree(started, out)

@@ -9,8 +9,8 @@ Runtime (1.31.1) block them by channels, without which `unet-fmnist` in float ta
 long.
 
 The rest has a price too. A branch is fed the outer weights; those that were packed come as empty
-values, and then no buffers are planned ahead, as with `enable_mem_pattern` off: 2 to 8 % of the
-small reference models, about 0.1 us per node.
+values, and then no buffers are planned ahead, as with `enable_mem_pattern` off: about 0.1 us per
+node, 3 to 9 % of the small reference models in W8A8.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class _Outer:
     def adopt(self, graph: onnx.GraphProto, prefix: str) -> onnx.GraphProto:
         """The phase as a branch, under names of its own, reading the outer tensors."""
         names = {value.name: value.name for value in graph.input}
-        own = {x for node in graph.node if node.op_type == "Conv" for x in node.input[1:]}
+        stored = {tensor.name for tensor in graph.initializer}
+        floats = [n for n in graph.node if n.op_type == "Conv" and n.input[1] in stored]
+        own = {name for node in floats for name in node.input[1:]}
         branch = onnx.GraphProto(name=f"{prefix}graph")
         for tensor in graph.initializer:
             if tensor.name in own:

@@ -15,10 +15,10 @@ def weight_bytes(
 ) -> tuple[int, int]:
     """On disk and resident, as `lowering` and `phases` store it for phases that have it so.
 
-    Codes of 4 bits are stored in 4, those of 6 in 8. Resident is what a session keeps beside its
-    first run's buffers: the file's tensors, and the copies that the runtime makes of them for its
-    kernels. Of x86-64 and ONNX Runtime 1.31.1, anonymous memory of one more layer in a chain of
-    equal ones, 4 to 9 million weights, is within a fifth of this.
+    Without the bias. Codes of 4 bits are stored in 4, those of 6 in 8. Resident is what a session
+    keeps beside its first run's buffers: the file's tensors, and the copies that the runtime makes
+    of them for its kernels. Of x86-64 and ONNX Runtime 1.31.1, anonymous memory of one more layer
+    in a chain of equal ones, 4 to 9 million weights, is within a fifth of this.
     """
     disk = _disk_bytes(weight_shape, precision)
     values = math.prod(weight_shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Hashable, Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
@@ -243,7 +244,7 @@ class LatencyProfile(Record):
     entries: tuple[LatencyEntry, ...]
     boundaries: tuple[BoundaryCost, ...] = ()
     wholes: tuple[WholeGraph, ...] = ()
-    phases: tuple[PhaseCost, ...] = ()
+    phase_costs: tuple[PhaseCost, ...] = Field(default=(), exclude_if=operator.not_)
     payload_sha256: str = UNSEALED_PROFILE
     """SHA-256 of the canonical JSON with this field zeroed."""
 
@@ -253,7 +254,7 @@ class LatencyProfile(Record):
             *(((e.key, e.precision), f"{e.key} at {e.precision}") for e in self.entries),
             *(((b.kind, b.shape), f"{b.kind} of {_sizes(b.shape)}") for b in self.boundaries),
             *((w.identity(), f"wholes[{k}]") for k, w in enumerate(self.wholes)),
-            *((p.identity(), f"phases[{k}]") for k, p in enumerate(self.phases)),
+            *((p.identity(), f"phase_costs[{k}]") for k, p in enumerate(self.phase_costs)),
         ]
         twice = _named_twice(named)
         if twice is not None:

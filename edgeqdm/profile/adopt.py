@@ -133,7 +133,7 @@ def refused_flags(profile: LatencyProfile) -> set[Flag]:
 
 def _timings(profile: LatencyProfile) -> list[Timing]:
     parts = (profile.entries, profile.boundaries, profile.wholes)
-    phases = [timing for each in profile.phases for timing in (each.alone, each.among)]
+    phases = [timing for each in profile.phase_costs for timing in (each.alone, each.among)]
     return [profile.overhead, *(each.timing for part in parts for each in part), *phases]
 
 
@@ -205,7 +205,7 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
     entries = {(e.key, e.precision): e for e in (*old.entries, *new.entries)}
     boundaries = {(b.kind, b.shape): b for b in (*old.boundaries, *new.boundaries)}
     wholes = {w.identity(): w for w in (*old.wholes, *new.wholes)}
-    phases = {p.identity(): p for p in (*old.phases, *new.phases)}
+    phases = {p.identity(): p for p in (*old.phase_costs, *new.phase_costs)}
     return sealed_profile(
         new.model_copy(
             update={
@@ -214,7 +214,7 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
                 "entries": tuple(entries.values()),
                 "boundaries": tuple(boundaries.values()),
                 "wholes": tuple(wholes.values()),
-                "phases": tuple(phases.values()),
+                "phase_costs": tuple(phases.values()),
             }
         )
     )

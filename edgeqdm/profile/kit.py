@@ -84,19 +84,19 @@ class KitRequest:
         entries: operations and precisions to time alone.
         boundaries: conversions of tensors of these shapes.
         wholes: networks to time as a whole.
-        phases: networks to time alone and in one graph with another.
+        pairs: networks to time alone and in one graph with another.
     """
 
     entries: Sequence[tuple[OpKey, Precision]]
     boundaries: Sequence[tuple[BoundaryKind, tuple[int, ...]]] = ()
     wholes: Sequence[Precisions] = ()
-    phases: Sequence[tuple[Precisions, Precisions]] = ()
+    pairs: Sequence[tuple[Precisions, Precisions]] = ()
 
     @property
     def n_graphs(self) -> int:
         """Graphs of a kit for this, with the two that every kit has."""
-        alone = {beyond_fp32(first) for first, _ in self.phases}
-        asked = (self.entries, self.boundaries, self.wholes, self.phases, alone)
+        alone = {beyond_fp32(first) for first, _ in self.pairs}
+        asked = (self.entries, self.boundaries, self.wholes, self.pairs, alone)
         return 2 + sum(map(len, asked))
 
 
@@ -124,7 +124,7 @@ def make_kit(
         UnsupportedError: a precision does not fit its layer.
         OutputError: the kit cannot be written.
     """
-    if not request.entries and not request.wholes and not request.phases:
+    if not request.entries and not request.wholes and not request.pairs:
         raise InputError("EQ-3501", "there is nothing to time", path="kit")
     _check_once(request)
     for key, precision in request.entries:
@@ -156,12 +156,12 @@ def make_kit(
 
 def _check_once(request: KitRequest) -> None:
     wholes = [beyond_fp32(precisions) for precisions in request.wholes]
-    phases = [(beyond_fp32(first), beyond_fp32(other)) for first, other in request.phases]
+    pairs = [(beyond_fp32(first), beyond_fp32(other)) for first, other in request.pairs]
     for what, asked in (
         ("operation", request.entries),
         ("boundary", request.boundaries),
         ("whole network", wholes),
-        ("pair of phases", phases),
+        ("pair of phases", pairs),
     ):
         if len(set(asked)) < len(asked):
             raise InputError(
@@ -220,10 +220,10 @@ def _graphs(denoiser: Denoiser, backend: Backend, request: KitRequest) -> Iterab
         yield graph, backend.emit_boundary(kind, shape)
     for precisions in request.wholes:
         yield _network(denoiser, backend, "whole", precisions)
-    firsts = {beyond_fp32(first): first for first, _ in request.phases}
+    firsts = {beyond_fp32(first): first for first, _ in request.pairs}
     for precisions in firsts.values():
         yield _network(denoiser, backend, "phase", precisions)
-    for precisions, other in request.phases:
+    for precisions, other in request.pairs:
         yield _network(denoiser, backend, "phase", precisions, other)
 
 
@@ -462,7 +462,7 @@ def _profile(manifest: KitManifest, header: KitHeader, rounds: Rounds) -> Latenc
             )
             for graph in by_role["whole"]
         ),
-        phases=tuple(
+        phase_costs=tuple(
             PhaseCost(
                 model=manifest.model,
                 batch=manifest.batch,

@@ -169,7 +169,7 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         for cost in profile.boundaries
         if cost.kind is BoundaryKind.QUANTIZE
     }
-    more = phases_us(profile, network)
+    more = _phases_us(profile, network)
     plain = LatencyModel(network, net_us, quantize_us, overhead, {}, None, more)
     wholes = [w for w in profile.wholes if (w.model, w.batch) == (network.model, network.batch)]
     known = [w for w in wholes if not missing_entries(profile, entries_of(network, w.precisions))]
@@ -190,19 +190,21 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
     )
 
 
-def phases_us(profile: LatencyProfile, network: NetworkKeys) -> float:
+def _phases_us(profile: LatencyProfile, network: NetworkKeys) -> float:
     """What an evaluation takes longer in a graph of several phases, in microseconds.
 
     The median of the profile's pairs of this network, at least 0; 0 if it has none.
     """
-    more = [cost.among.median_us - cost.alone.median_us for cost in phase_costs(profile, network)]
+    more = [
+        cost.among.median_us - cost.alone.median_us for cost in costs_of_phases(profile, network)
+    ]
     return max(0.0, float(np.median(more))) if more else 0.0
 
 
-def phase_costs(profile: LatencyProfile, network: NetworkKeys) -> list[PhaseCost]:
+def costs_of_phases(profile: LatencyProfile, network: NetworkKeys) -> list[PhaseCost]:
     """The profile's pairs of this network."""
     mine = (network.model, network.batch)
-    return [cost for cost in profile.phases if (cost.model, cost.batch) == mine]
+    return [cost for cost in profile.phase_costs if (cost.model, cost.batch) == mine]
 
 
 def _check_units(rows: Rows, measured: Rows) -> None:

@@ -129,11 +129,11 @@ def full_request(
         entries=[(key, p) for key in keys for p in offered[key.kind]],
         boundaries=[(BoundaryKind.QUANTIZE, shape) for shape in shapes],
         wholes=_different_wholes(network, offered, n_wholes, tables=tables, seed=seed),
-        phases=_different_phases(network, offered, tables=tables) if phased else (),
+        pairs=_different_pairs(network, offered, tables=tables) if phased else (),
     )
 
 
-def _different_phases(
+def _different_pairs(
     network: NetworkKeys, offered: Candidates, *, tables: Collection[str]
 ) -> list[tuple[dict[str, Precision], dict[str, Precision]]]:
     """Every precision alone beside the one before it, the first beside the last."""

@@ -202,7 +202,11 @@ def _optima(
     least = alone.cost([first])[1]
     # What no choice changes: layers outside the space, and everything that is no layer.
     fixed = pricing.price(_candidate(pricing, (0,), [first])).latency_us - least
-    most = max(slowest_us(model) for models in by_phases for _, model in models)
+    most = max(
+        slowest_us(model) + _phases_us(pricing, starts)
+        for models in by_phases
+        for starts, model in models
+    )
     if limits.latency_us is not None:
         most = min(most, limits.latency_us - fixed)
     if most < least:
@@ -231,7 +235,7 @@ def _least_damage(
     best: tuple[float, Candidate] | None = None
     for starts, model in models:
         room = _room(pricing, len(starts), max_bytes)
-        left_us = budget_us - (pricing.latency.phases_us if len(starts) > 1 else 0.0)
+        left_us = budget_us - _phases_us(pricing, starts)
         if left_us <= 0 or (room is not None and room <= 0):
             continue
         choices = optimum(model, budget_us=left_us, max_bytes=room)
@@ -241,6 +245,11 @@ def _least_damage(
         if best is None or damage < best[0]:
             best = damage, _candidate(pricing, starts, choices)
     return best
+
+
+def _phases_us(pricing: Pricing, starts: Sequence[int]) -> float:
+    """What a graph of these phases takes longer than one of a single phase."""
+    return pricing.latency.phases_us if len(starts) > 1 else 0.0
 
 
 def _budgets(least: float, most: float, n: int) -> list[float]:

@@ -117,7 +117,7 @@ def example_profile() -> LatencyProfile:
             entries=tuple(entries),
             boundaries=(quantize,),
             wholes=(whole,),
-            phases=(phases,),
+            phase_costs=(phases,),
         )
     )
 
@@ -438,7 +438,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(
 def doubled(field: str) -> bytes:
     """The profile with its first item of a list once more, at another time."""
     items = json.loads(STORED)[field]
-    named = "among" if field == "phases" else "timing"
+    named = "among" if field == "phase_costs" else "timing"
     again = {**items[0], named: PROFILE.overhead.model_dump(mode="json")}
     return edited(field, value=[*items, again])
 
@@ -449,7 +449,7 @@ def doubled(field: str) -> bytes:
         ("entries", ("linear 1x16x16 * 16x16 at fp32",)),
         ("boundaries", ("quantize", "1x16x16")),
         ("wholes", ("wholes[1]",)),
-        ("phases", ("phases[1]",)),
+        ("phase_costs", ("phase_costs[1]",)),
     ],
 )
 def test_what_has_two_latencies_is_refused_and_named(field: str, told: tuple[str, ...]) -> None:
@@ -469,14 +469,25 @@ def test_a_layer_in_fp32_and_one_left_out_are_the_same_network() -> None:
         assert len(parse_record(data, LatencyProfile, name="x").wholes) == 2
 
 
+def test_a_profile_from_before_phases_were_timed_is_as_it_was_sealed() -> None:
+    document = json.loads(STORED)
+    del document["phase_costs"]
+    document["payload_sha256"] = "0" * 64
+    text = json.dumps(document, sort_keys=True, indent=1, separators=(",", ": ")) + "\n"
+    document["payload_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    found = parse_record(json.dumps(document).encode(), LatencyProfile, name="x")
+    assert found.phase_costs == ()
+    assert is_sealed(found)
+
+
 def test_phases_beside_others_are_other_phases() -> None:
-    (first,) = json.loads(STORED)["phases"]
+    (first,) = json.loads(STORED)["phase_costs"]
     again = {**first, "other": {"conv_in": "w8a8", "mid.to_q": "fp32"}}
-    with pytest.raises(InputError, match=r"phases\[1\] has more than one entry"):
-        parse_record(edited("phases", value=[first, again]), LatencyProfile, name="x")
+    with pytest.raises(InputError, match=r"phase_costs\[1\] has more than one entry"):
+        parse_record(edited("phase_costs", value=[first, again]), LatencyProfile, name="x")
     for other in ({"model": "1" * 64}, {"batch": 2}, {"precisions": {}}, {"other": {}}):
-        data = edited("phases", value=[first, first | other])
-        assert len(parse_record(data, LatencyProfile, name="x").phases) == 2
+        data = edited("phase_costs", value=[first, first | other])
+        assert len(parse_record(data, LatencyProfile, name="x").phase_costs) == 2
 
 
 def test_one_operation_at_two_precisions_is_two_entries() -> None:

@@ -109,7 +109,7 @@ def profile_of(**changes: Any) -> LatencyProfile:
         "entries": (entry(16, FP32, 30.0), entry(16, W8A8, 12.0)),
         "boundaries": (boundary(4.0),),
         "wholes": (whole(FP32, 200.0),),
-        "phases": (phases(timing(100.0), timing(104.0)),),
+        "phase_costs": (phases(timing(100.0), timing(104.0)),),
     }
     return sealed_profile(LatencyProfile(**(fields | changes)))
 
@@ -232,7 +232,7 @@ def test_figures_nothing_may_be_decided_on_are_refused_wherever_they_are(
         "alone": (phases(timing(100.0, flag), timing(104.0)),),
         "among": (phases(timing(100.0), timing(104.0, flag)),),
     }
-    field = place if place in PLACES else "phases"
+    field = place if place in PLACES else "phase_costs"
     path = stored(tmp_path, profile_of(**{field: flagged[place]}))
     problem = refusal(path)
     assert problem.code == "EQ-3522"
@@ -387,7 +387,7 @@ NEW = profile_of(
     entries=(entry(16, W8A8, 11.0), entry(64, W8A8, 50.0)),
     boundaries=(boundary(3.0),),
     wholes=(whole(FP32, 190.0), whole(W8A8, 90.0)),
-    phases=(phases(timing(90.0), timing(95.0)),),
+    phase_costs=(phases(timing(90.0), timing(95.0)),),
 )
 
 
@@ -402,9 +402,9 @@ def test_of_two_profiles_the_newer_figure_wins_and_nothing_is_lost() -> None:
     }
     assert found.boundaries == NEW.boundaries
     assert [w.timing.median_us for w in found.wholes] == [190.0, 90.0]
-    assert found.phases == NEW.phases
-    kept = merged(OLD, NEW.model_copy(update={"phases": ()}))
-    assert kept.phases == OLD.phases
+    assert found.phase_costs == NEW.phase_costs
+    kept = merged(OLD, NEW.model_copy(update={"phase_costs": ()}))
+    assert kept.phase_costs == OLD.phase_costs
     # As old as its oldest figure: so it is told when that goes stale.
     assert (found.created, found.overhead) == (OLD.created, NEW.overhead)
 

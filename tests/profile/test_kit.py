@@ -78,7 +78,7 @@ class Kit:
             ],
             boundaries=[(BoundaryKind.QUANTIZE, SHAPE)],
             wholes=[dict.fromkeys(names[::2], W8A8)],
-            phases=[
+            pairs=[
                 (dict.fromkeys(names, W8A8), {}),
                 (dict.fromkeys(names, W8A8), dict.fromkeys(names[::2], W8A8)),
             ],
@@ -312,14 +312,14 @@ def test_phases_to_be_timed_share_the_steps(kit: Kit) -> None:
 
 def test_a_phase_among_others_is_timed_beside_the_same_network_alone(kit: Kit) -> None:
     alone, *among = kit.graphs("phase")
-    assert (alone.other, alone.precisions) == (None, kit.request.phases[0][0])
-    assert [(g.precisions, g.other) for g in among] == list(kit.request.phases)
+    assert (alone.other, alone.precisions) == (None, kit.request.pairs[0][0])
+    assert [(g.precisions, g.other) for g in among] == list(kit.request.pairs)
     for graph in (alone, *among):
         model = onnx.load(kit.path / "graphs" / graph.name / "model.onnx")
         assert ("If" in {node.op_type for node in model.graph.node}) == (graph.other is not None)
     profile = kit.profile
-    assert [(p.precisions, p.other) for p in profile.phases] == list(kit.request.phases)
-    first, second = profile.phases
+    assert [(p.precisions, p.other) for p in profile.phase_costs] == list(kit.request.pairs)
+    first, second = profile.phase_costs
     assert first.alone == second.alone
     assert len({first.alone.median_us, first.among.median_us, second.among.median_us}) == 3
     assert first.model == kit.denoiser.info.fingerprint
@@ -357,7 +357,7 @@ def test_the_same_thing_twice_is_refused_before_the_work(kit: Kit, tmp_path: Pat
         KitRequest(entries=[entry, entry]),
         KitRequest(entries=[entry], boundaries=[shape, shape]),
         KitRequest(entries=[], wholes=[{}, dict.fromkeys(names, FP32)]),
-        KitRequest(entries=[], phases=[({}, {names[0]: W8A8}), ({}, {names[0]: W8A8})]),
+        KitRequest(entries=[], pairs=[({}, {names[0]: W8A8}), ({}, {names[0]: W8A8})]),
     ):
         with pytest.raises(InputError, match="EQ-3508"):
             make_kit(kit.denoiser, kit.backend, request, tmp_path / "kit")

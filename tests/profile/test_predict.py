@@ -416,14 +416,14 @@ def test_what_phases_cost_is_the_median_of_the_pairs_of_this_network(wholes: int
         phases(100.0, 500.0, W8A8, batch=2),
     ]
     profile = profile_of(NET_US, measured(mixes(wholes), ONES))
-    found = fit_latency(profile.model_copy(update={"phases": tuple(pairs)}), ALONE)
+    found = fit_latency(profile.model_copy(update={"phase_costs": tuple(pairs)}), ALONE)
     assert found.phases_us == 9.0
     assert fit_latency(profile, ALONE).phases_us == 0.0
     assert found == replace(fit_latency(profile, ALONE), phases_us=9.0)
 
 
 def test_phases_that_were_faster_by_chance_save_nothing() -> None:
-    profile = profile_of(NET_US).model_copy(update={"phases": (phases(100.0, 98.0, W8A8),)})
+    profile = profile_of(NET_US).model_copy(update={"phase_costs": (phases(100.0, 98.0, W8A8),)})
     assert fit_latency(profile, ALONE).phases_us == 0.0
 
 

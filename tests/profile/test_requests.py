@@ -198,16 +198,16 @@ def test_whole_networks_are_one_per_precision_and_as_many_mixed_ones_as_asked() 
 
 def test_every_precision_alone_is_a_phase_beside_another_one() -> None:
     uniform = uniform_precisions(NETWORK, OFFERED)
-    phases = full_request(NETWORK, OFFERED).phases
-    assert [first for first, _ in phases] == uniform
-    assert sorted(map(str, uniform)) == sorted(str(other) for _, other in phases)
-    assert all(first != other for first, other in phases)
-    assert not full_request(NETWORK, OFFERED, phased=False).phases
+    pairs = full_request(NETWORK, OFFERED).pairs
+    assert [first for first, _ in pairs] == uniform
+    assert sorted(map(str, uniform)) == sorted(str(other) for _, other in pairs)
+    assert all(first != other for first, other in pairs)
+    assert not full_request(NETWORK, OFFERED, phased=False).pairs
 
 
 def test_a_network_of_one_precision_has_no_phases_to_time() -> None:
     offered = {kind: (FP32,) for kind in LayerKind}
-    assert not full_request(NETWORK, offered).phases
+    assert not full_request(NETWORK, offered).pairs
 
 
 def test_no_network_is_asked_for_twice_and_the_mixed_ones_are_as_many() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from edgeqdm import tuning
 from edgeqdm.ir.codec import read_record
 from edgeqdm.ir.precision import FP32, TABLE, W8A8, Precision
-from edgeqdm.ir.profile import Flag, KitManifest, LatencyProfile, WholeGraph
+from edgeqdm.ir.profile import Flag, KitManifest, LatencyProfile, PhaseCost, WholeGraph
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.profile import host
 from edgeqdm.profile.kit import KIT, KitRequest
@@ -32,11 +33,13 @@ FIELDS = {
     "speed",
     "as_it_is",
     "at_this_speed",
+    "among",
     "left_out_of_the_fit",
     "predicted_us",
     "measured_us",
     "flagged",
 }
+AMONG_US = 30.0
 positive = st.lists(st.floats(1.0, 1e6), min_size=1, max_size=8)
 
 
@@ -80,7 +83,25 @@ class Bench:
         (kit / "results-1.jsonl").touch()
         self.timed.append(kit)
         wholes = [self._timed(k, each) for k, each in enumerate(self.made[kit].wholes)]
-        return self.profile.model_copy(update={"wholes": tuple(wholes)})
+        phases = [self.among(*pair) for pair in self.made[kit].pairs]
+        return self.profile.model_copy(
+            update={"wholes": tuple(wholes), "phase_costs": tuple(phases)}
+        )
+
+    def among(self, first: Mapping[str, Precision], other: Mapping[str, Precision]) -> PhaseCost:
+        """Takes `AMONG_US` longer than alone."""
+        alone = self._timed(-1, first).timing
+        us = alone.median_us + self.factor * AMONG_US
+        found = {"median_us": us, "p10_us": us, "p90_us": us, "ci95_us": (us, us)}
+        return PhaseCost(
+            model=self.space.network.model,
+            batch=1,
+            precisions=dict(first),
+            other=dict(other),
+            provenance="measured",
+            alone=alone,
+            among=alone.model_copy(update=found),
+        )
 
     def _timed(self, place: int, precisions: Mapping[str, Precision]) -> WholeGraph:
         us = self.factor * self.latency.predict_us(precisions)
@@ -153,6 +174,30 @@ def test_a_device_that_is_slower_throughout_is_predicted_at_its_speed(
     assert found["at_this_speed"] == pytest.approx({"mean": 0.0, "worst": 0.0}, abs=1e-9)
     off = abs(1 / factor - 1)
     assert found["as_it_is"] == pytest.approx({"mean": off, "worst": off}, abs=1e-9)
+
+
+@pytest.mark.parametrize("charged", [0.0, 30.0])
+def test_phases_are_predicted_with_what_the_profile_says_they_cost(
+    prediction: ModuleType, bench: Bench, tmp_path: Path, charged: float
+) -> None:
+    bench.factor = 2.0
+    if charged:
+        pair = bench.among(bench.profile.wholes[0].precisions, {})
+        dearer = {field: charged + 1.0 for field in ("median_us", "p90_us")}
+        one = {"median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0, "ci95_us": (1.0, 1.0)}
+        alone = pair.alone.model_copy(update=one)
+        among = alone.model_copy(update={**dearer, "ci95_us": (1.0, charged + 1.0)})
+        pair = pair.model_copy(update={"alone": alone, "among": among})
+        bench.profile = bench.profile.model_copy(update={"phase_costs": (pair,)})
+    found = prediction.measured("dit", bench.profile, 3, 0.02, tmp_path)["among"]
+    (request,) = bench.made.values()
+    drawn = request.wholes[-3:]
+    assert list(request.pairs) == list(itertools.pairwise(drawn))
+    sums = [bench.latency.predict_us(first) for first, _ in request.pairs]
+    missing = abs(np.array([(charged - AMONG_US) / (us + AMONG_US) for us in sums]))
+    assert found["pairs"] == 2
+    expected = {"mean": float(missing.mean()), "worst": float(missing.max())}
+    assert found["at_this_speed"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_sums_that_are_exact_leave_no_error_out_of_the_fit(

@@ -4,7 +4,8 @@
 
 The profiles are those that come with edgeqdm, measured on this machine; the plans are drawn with
 another seed than the ones the sums were fitted to, emitted, and timed by the benchmark tool of a
-kit: CPU time of one thread, in rounds of random order. `speed` is the float graph's time then over
+kit: CPU time of one thread, in rounds of random order. `among` are the first of them in a graph
+with another one as second phase. `speed` is the float graph's time then over
 its time in the profile; errors are given as they are and with predictions multiplied by it, since
 a shared machine is not equally fast at all times.
 """
@@ -12,6 +13,7 @@ a shared machine is not equally fast at all times.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 import sys
@@ -35,6 +37,7 @@ from edgeqdm.profile.requests import full_request, uniform_precisions
 
 MODELS = ("unet-fmnist", "dit-fmnist")
 SEED = 1000
+PAIRS = 6
 
 
 def errors(predicted: list[float], measured: list[float]) -> dict[str, float]:
@@ -54,9 +57,9 @@ def measured(
         space.network, space.offered, tables=space.tables, n_wholes=plans, seed=SEED
     ).wholes
     uniform = uniform_precisions(space.network, space.offered, tables=space.tables)
-    # One operation more than the plans need: a kit has at least one.
-    entry = [(next(iter(space.network.keys.values())), FP32)]
-    request = KitRequest(entries=entry, wholes=wholes)
+    drawn = wholes[len(uniform) :]
+    pairs = list(itertools.pairwise(drawn[: PAIRS + 1]))
+    request = KitRequest(entries=[], wholes=wholes, pairs=pairs)
     key = hashlib.sha256(f"{edgeqdm.__version__} {ablation.commit()} {request}".encode())
     kit = work / f"prediction-{name}-{key.hexdigest()[:16]}"
     if not (kit / KIT).is_file():
@@ -76,11 +79,18 @@ def measured(
     )
     speed = times[plain] / fitted
     random = range(len(uniform), len(times))
+    among = [cost.among.median_us for cost in found.phase_costs]
+    priced = [latency.predict_phases_us([c.precisions, c.other])[0] for c in found.phase_costs]
     return {
         "plans": len(random),
         "speed": speed,
         "as_it_is": errors([sums[k] for k in random], [times[k] for k in random]),
         "at_this_speed": errors([speed * sums[k] for k in random], [times[k] for k in random]),
+        "among": {
+            "pairs": len(among),
+            "as_it_is": errors(priced, among) if among else None,
+            "at_this_speed": errors([speed * us for us in priced], among) if among else None,
+        },
         "left_out_of_the_fit": None if latency.error is None else vars(latency.error),
         "predicted_us": [round(sums[k], 1) for k in random],
         "measured_us": [round(times[k], 1) for k in random],

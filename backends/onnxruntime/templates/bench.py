@@ -232,13 +232,9 @@ def append(file: FileIO, data: bytes) -> None:
         data = data[file.write(data) :]
 
 
-def pair(graph: dict[str, Any]) -> bool:
-    """Whether it is a network that is timed alone and among phases."""
-    return bool(graph["role"] == "phase")
-
-
-def layers(graph: dict[str, Any]) -> str:
-    return json.dumps(graph["precisions"], sort_keys=True)
+def layers(graph: dict[str, Any]) -> frozenset[tuple[str, str]]:
+    """Layers and precisions, less those in fp32, which may as well be absent."""
+    return frozenset(each for each in graph["precisions"].items() if each[1] != "fp32")
 
 
 class Bench:
@@ -254,9 +250,10 @@ class Bench:
         self.graphs: dict[str, Any] = {graph["name"]: graph for graph in kit["graphs"]}
         self.header, self.file, self.done = header, file, done
         self.clock = time.thread_time if header["clock"] == "thread_cpu" else time.perf_counter
-        alone = {layers(g): n for n, g in self.graphs.items() if pair(g) and g["other"] is None}
+        phases = {n: layers(g) for n, g in self.graphs.items() if g["role"] == "phase"}
+        alone = {phases[n]: n for n in phases if self.graphs[n]["other"] is None}
         # Next to each other: what tells them apart is little beside what minutes change.
-        self.beside = {n: alone[layers(g)] if pair(g) else n for n, g in self.graphs.items()}
+        self.beside = {n: alone[phases[n]] if n in phases else n for n in self.graphs}
         self.reference = next(n for n, g in self.graphs.items() if g["role"] == "reference")
         self.checked = -REFERENCE_EVERY_S
         self.rng = np.random.default_rng(0)
@@ -269,7 +266,7 @@ class Bench:
         for turn in range(protocol.ROUNDS + 1):
             random.Random(turn).shuffle(names)
             place = {name: k for k, name in enumerate(names)}
-            names.sort(key=lambda name: (place[self.beside[name]], name))
+            names.sort(key=lambda name: (place[self.beside[name]], place[name]))
             for name in names:
                 if (name, turn) not in self.done and not self.enough(name, turn):
                     self.check_reference()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
 from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
+from edgeqdm.backends.onnxruntime.phases import merge_phases
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import Exportable
 from edgeqdm.errors import UnsupportedError
@@ -97,6 +99,31 @@ def test_weight_bytes_are_those_of_the_emitted_graph(key: OpKey, precision: Prec
         on_disk,
         resident,
     )
+
+
+@pytest.mark.parametrize(("key", "precision"), CASES, ids=lambda value: str(value))
+def test_more_phases_add_the_bytes_of_the_merged_graph(key: OpKey, precision: Precision) -> None:
+    alone = emitted(one_layer(key, precision), key)
+    starts = (0, 1, 2)
+    merged = merge_phases([(start, alone) for start in starts])
+    more = sum(
+        stored_bytes(tensor) for graph in graphs(merged.graph) for tensor in graph.initializer
+    )
+    more -= sum(map(stored_bytes, alone.graph.initializer))
+    one, three = (weight_bytes(key.kind, key.weight_shape, precision, n) for n in (1, 3))
+    # The bias goes with the weight, and every further phase has the step it begins at.
+    beside = 4 * key.weight_shape[0] if key.bias and three > one else 0
+    assert more == three[0] - one[0] + 2 * (beside + 8)
+    assert (three[1] - one[1] > 0) == (three[0] - one[0] > 0)
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all branches in it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from graphs(attribute.g)
 
 
 def test_fewer_bits_never_take_more_bytes_on_disk() -> None:
