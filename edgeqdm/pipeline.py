@@ -251,6 +251,7 @@ def bench(
     manifest = check_files(folder)
     _require_same_model(manifest, model, folder)
     player = playback.open_player(folder)
+    plan = read_record(folder / "plan.json", DeploymentPlan, error=VerifyError)
     check_fid(fid, player)
     with tempfile.TemporaryDirectory() as scratch:
         variants = (
@@ -262,6 +263,7 @@ def bench(
                 backend.count_kernels(folder),
                 manifest.integer_layers,
                 folder_bytes(folder),
+                plan.starts,
             ),
         )
         return compare(

@@ -715,6 +715,7 @@ def _variant(
         backend.count_kernels(folder),
         plan.n_integer_layers,
         folder_bytes(folder),
+        plan.starts,
     )
 
 

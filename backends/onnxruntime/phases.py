@@ -1,12 +1,15 @@
 """One graph for several phases of the sampler.
 
-    step < start[1] ? phase 0 : (step < start[2] ? phase 1 : ...)
+    y = sample
+    y = phase k if start[k] <= step < start[k + 1] else y, for every phase k
 
-Weights stand in the outer graph, each once however many phases read it: the runtime packs them
-once, and a phase that shares all its weights with another costs nothing but its nodes. Those of
-float convolutions, and their biases, stand in every branch that reads them: only there does ONNX
-Runtime (1.31.1) block them by channels, without which `unet-fmnist` in float takes 1.27 times as
-long.
+One `If` after another, and none inside another one: two levels down, ONNX Runtime (1.31.1) does not
+pack weights of the outermost graph, and an integer convolution takes three times as long.
+
+Weights stand in the outer graph, each once however many phases read it: a phase that shares all its
+weights with another costs nothing but its nodes. Those of float convolutions, and their biases,
+stand in every branch that reads them: only there does the runtime block them by channels, without
+which `unet-fmnist` in float takes 1.27 times as long.
 
 The rest has a price too. A branch is fed the outer weights; those that were packed come as empty
 values, and then no buffers are planned ahead, as with `enable_mem_pattern` off: about 0.1 us per
@@ -17,12 +20,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-STEP = "step"
+SAMPLE, STEP = "sample", "step"
 
 
 def merge_phases(models: Sequence[tuple[int, onnx.ModelProto]]) -> onnx.ModelProto:
@@ -36,23 +40,21 @@ def merge_phases(models: Sequence[tuple[int, onnx.ModelProto]]) -> onnx.ModelPro
     if not later:
         return first
     outer = _Outer()
-    branches = [outer.adopt(model.graph, f"p{p}/") for p, (_, model) in enumerate(models)]
-    output = first.graph.output[0]
-    body, last = branches[-1], _as_output(output, branches[-1].output[0].name)
-    for start, branch in reversed(
-        [(start, branch) for (start, _), branch in zip(later, branches[:-1], strict=True)]
-    ):
-        body = _choose(start, branch, body, last)
-        last = body.output[0]
-    outer.nodes += body.node
+    output, chosen = first.graph.output[0], SAMPLE
+    stops = [*(start for start, _ in later), None]
+    earlier = ""
+    for p, ((_, model), stop) in enumerate(zip(models, stops, strict=True)):
+        branch = outer.adopt(model.graph, f"p{p}/")
+        here, earlier = outer.here(p, earlier, stop)
+        found = output.name if stop is None else f"phase/{p}/output"
+        outer.choose(p, here, branch, chosen, found)
+        chosen = found
     merged = onnx.ModelProto()
     merged.CopyFrom(first)
     del merged.graph.node[:]
     del merged.graph.initializer[:]
     merged.graph.node.extend(outer.nodes)
-    merged.graph.initializer.extend([*outer.tensors.values(), *body.initializer])
-    merged.graph.output[0].CopyFrom(_as_output(output, body.output[0].name))
-    _rename_output(merged.graph, output.name)
+    merged.graph.initializer.extend(outer.tensors.values())
     domains = {entry.domain: entry.version for _, model in models for entry in model.opset_import}
     del merged.opset_import[:]
     merged.opset_import.extend(helper.make_opsetid(d, v) for d, v in domains.items())
@@ -98,6 +100,41 @@ class _Outer:
         branch.output.append(_as_output(graph.output[0], names[graph.output[0].name]))
         return branch
 
+    def here(self, p: int, earlier: str, stop: int | None) -> tuple[str, str]:
+        """Names of whether a step is of phase `p`, and of whether it is before the next one.
+
+        Args:
+            p: the phase.
+            earlier: name of whether it is before this phase; empty for the first one.
+            stop: first step of the next phase; None for the last one.
+        """
+        if stop is None:
+            self._node("Not", [earlier], f"phase/{p}/here")
+            return f"phase/{p}/here", ""
+        bound = f"phase/{p}/stop"
+        self.tensors[bound] = numpy_helper.from_array(np.array(stop, np.int64), bound)
+        self._node("Less", [STEP, bound], f"phase/{p}/before")
+        if not earlier:
+            return f"phase/{p}/before", f"phase/{p}/before"
+        self._node("Xor", [earlier, f"phase/{p}/before"], f"phase/{p}/here")
+        return f"phase/{p}/here", f"phase/{p}/before"
+
+    def choose(
+        self, p: int, here: str, branch: onnx.GraphProto, otherwise: str, output: str
+    ) -> None:
+        """Run the branch where the step is of phase `p`, else keep what was there."""
+        kept = onnx.GraphProto(name=f"phase/{p}/kept")
+        kept.node.append(helper.make_node("Identity", [otherwise], [f"phase/{p}/keep"], kept.name))
+        # Without a shape: the sample that the first one keeps can have other channels.
+        kind = branch.output[0].type.tensor_type.elem_type
+        kept.output.append(helper.make_tensor_value_info(f"phase/{p}/keep", kind, None))
+        self._node("If", [here], output, then_branch=branch, else_branch=kept)
+
+    def _node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
+        self.nodes.append(
+            helper.make_node(kind, inputs, [output], f"{output}/{kind}", **attributes)
+        )
+
     def _share(self, tensor: TensorProto) -> str:
         content = hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)} ".encode())
         bare = TensorProto()
@@ -114,7 +151,7 @@ class _Outer:
         (kind,) = (attribute.i for attribute in cast.attribute if attribute.name == "to")
         if (source, kind) not in self._widened:
             wide = f"{source}/wide-{kind}"
-            self.nodes.append(helper.make_node("Cast", [source], [wide], wide, to=kind))
+            self._node("Cast", [source], wide, to=kind)
             self._widened[source, kind] = wide
         return self._widened[source, kind]
 
@@ -126,41 +163,14 @@ def _as_output(like: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     return value
 
 
-def _choose(
-    start: int, before: onnx.GraphProto, after: onnx.GraphProto, output: onnx.ValueInfoProto
-) -> onnx.GraphProto:
-    """A graph that runs `before` at steps below `start`, `after` from there on."""
-    bound = numpy_helper.from_array(np.array(start, np.int64), f"phase/{start}")
-    early, chosen = f"phase/{start}/early", f"phase/{start}/output"
-    graph = onnx.GraphProto(name=f"phase/{start}")
-    graph.node.append(helper.make_node("Less", [STEP, bound.name], [early], f"phase/{start}/less"))
-    graph.node.append(
-        helper.make_node(
-            "If", [early], [chosen], f"phase/{start}/if", then_branch=before, else_branch=after
-        )
-    )
-    graph.initializer.append(bound)
-    graph.output.append(_as_output(output, chosen))
-    return graph
-
-
-def _rename_output(graph: onnx.GraphProto, name: str) -> None:
-    """The graph's output under the name that graphs of one phase give it."""
-    old = graph.output[0].name
-    for node in graph.node:
-        node.output[:] = [name if each == old else each for each in node.output]
-    graph.output[0].name = name
-
-
 def count_ops(graph: onnx.GraphProto, names: Sequence[str]) -> Mapping[str, int]:
-    """Nodes of each operator, of the branch with most of them where the graph forks."""
+    """Nodes of each operator, with those of the branch that has most of them: one branch runs."""
     found = dict.fromkeys(names, 0)
+    branches = []
     for node in graph.node:
         if node.op_type in found:
             found[node.op_type] += 1
-        branches = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-        counts = [count_ops(branch, names) for branch in branches]
-        most = max(counts, key=lambda count: sum(count.values()), default={})
-        for name, number in most.items():
-            found[name] += number
-    return found
+        graphs = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+        branches += [count_ops(branch, names) for branch in graphs]
+    most = max(branches, key=lambda count: sum(count.values()), default={})
+    return {name: number + most.get(name, 0) for name, number in found.items()}

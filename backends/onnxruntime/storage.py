@@ -31,7 +31,9 @@ def weight_bytes(
         return disk, 2 * disk
     widened = values if precision.weight_bits == 4 else 0
     # Without integer kernels the float32 weight is made of the codes once and kept.
-    return disk, disk + widened + (values if precision.integer else 4 * values)
+    # Of weights that several branches read, those of integer convolutions are packed in each.
+    packed = values * (n_phases if kind is LayerKind.CONV2D else 1)
+    return disk, disk + widened + (packed if precision.integer else 4 * values)
 
 
 def _disk_bytes(weight_shape: tuple[int, ...], precision: Precision) -> int:

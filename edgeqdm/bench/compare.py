@@ -38,6 +38,7 @@ class Variant:
         kernels: what executes.
         planned: integer layers promised.
         bytes_on_disk: of everything it needs.
+        starts: first step of every phase; each is timed, and weighs as many steps as it has.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Variant:
     kernels: KernelCount
     planned: int
     bytes_on_disk: int
+    starts: tuple[int, ...] = (0,)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -212,13 +214,22 @@ def _cpu_times(denoiser: Denoiser, variants: tuple[Variant, ...], rounds: int) -
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, *denoiser.info.sample_shape), dtype=np.float32)
     fed = conditioning_for(denoiser, 1, 0)
-    middle = denoiser.program.n_steps // 2
+    n_steps = denoiser.program.n_steps
 
-    def call(variant: Variant) -> Callable[[], object]:
-        return lambda: playback.guided(variant.player, variant.evaluate, x, middle, fed)
+    def call(variant: Variant, step: int) -> Callable[[], object]:
+        return lambda: playback.guided(variant.player, variant.evaluate, x, step, fed)
 
-    timings = time_interleaved({v.name: call(v) for v in variants}, rounds=rounds)
-    return {name: timing.p25_us for name, timing in timings.items()}
+    phases = {v.name: list(zip(v.starts, (*v.starts[1:], n_steps), strict=True)) for v in variants}
+    calls = {
+        f"{start} {variant.name}": call(variant, (start + stop) // 2)
+        for variant in variants
+        for start, stop in phases[variant.name]
+    }
+    timings = time_interleaved(calls, rounds=rounds)
+    return {
+        name: sum((b - a) / n_steps * timings[f"{a} {name}"].p25_us for a, b in bounds)
+        for name, bounds in phases.items()
+    }
 
 
 def _image_errors(

@@ -86,6 +86,11 @@ class DeploymentPlan(Record):
     """None where the plan was made by rule or by hand."""
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """First step of every phase."""
+        return tuple(phase.start for phase in self.phases)
+
+    @property
     def n_integer_layers(self) -> int:
         """Integer layers of a step, the most of any phase."""
         return max(len(phase.integer_layers()) for phase in self.phases)

@@ -424,6 +424,7 @@ def _measured(
                         backend.count_kernels(package),
                         plan.n_integer_layers,
                         folder_bytes(package),
+                        plan.starts,
                     )
                 )
         base = pipeline.float_variant(denoiser, backend, folder / "float", variants[0].player)

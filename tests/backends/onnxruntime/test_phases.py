@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -256,6 +257,45 @@ def test_a_float_convolution_has_its_weight_in_its_branch(merged: Merged) -> Non
     assert sum(bool(convolved(branch)) for branch in branches) == STEPS
     for branch in branches:
         assert convolved(branch) <= {t.name for t in branch.initializer}
+
+
+def test_no_fork_is_inside_another_one(merged: Merged) -> None:
+    """Two levels down the runtime would not pack the outer weights."""
+    outer, *branches = graphs(merged.model.graph)
+    assert sum(node.op_type == "If" for node in outer.node) == STEPS
+    assert all(node.op_type != "If" for branch in branches for node in branch.node)
+
+
+@pytest.mark.parametrize("starts", [(0, 1), (0, 2, 3), (0, 1, 2, 5, 9)])
+def test_every_step_is_computed_by_its_phase(starts: tuple[int, ...]) -> None:
+    """Also where the output has more channels than the sample, as with a learned variance."""
+
+    def phase(k: int) -> onnx.ModelProto:
+        addend = numpy_helper.from_array(np.array(k, np.float32), "addend")
+        nodes = [
+            onnx.helper.make_node("Concat", ["sample", "sample"], ["both"], "concat", axis=1),
+            onnx.helper.make_node("Add", ["both", "addend"], ["output"], "add"),
+        ]
+        value = onnx.helper.make_tensor_value_info
+        graph = onnx.helper.make_graph(
+            nodes,
+            "phase",
+            [value("sample", 1, ["batch", 2]), value("step", TensorProto.INT64, [])],
+            [value("output", 1, ["batch", 4])],
+            [addend],
+        )
+        return onnx.helper.make_model(
+            graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)]
+        )
+
+    model = merge_phases([(start, phase(k)) for k, start in enumerate(starts)])
+    onnx.checker.check_model(model, full_check=True)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    for step in range(starts[-1] + 2):
+        k = sum(start <= step for start in starts) - 1
+        (found,) = session.run(None, {"sample": x, "step": np.array(step, np.int64)})
+        np.testing.assert_array_equal(found, np.concatenate([x, x], 1) + k)
 
 
 def test_names_are_defined_once(merged: Merged) -> None:
