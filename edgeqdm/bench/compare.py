@@ -155,7 +155,7 @@ def compare(
         denoiser: float model in torch, the reference of all image errors.
         variants: at least one.
         libraries: versions to record.
-        rounds: timed steps of one image per variant.
+        rounds: timed steps of one image per variant and phase.
         images: images per seed of the free runs.
         seeds: of the free runs; must differ from the calibration's.
         fid_images: images for feature-FID, 0 to leave it out; the same noise for every variant.
