@@ -393,9 +393,11 @@ def test_a_killed_search_proposes_what_one_that_was_not_killed_proposes(
 
 
 @pytest.mark.slow
-def test_kills_ran_few_trials_again(killed: Path) -> None:
-    again = sum(t.user_attrs["attempts"] - 1 for t in trials_in(killed))
-    assert 0 < again <= KILLS
+def test_a_kill_has_at_most_one_trial_run_again(killed: Path) -> None:
+    """None where it fell between two of them, as all of a few may."""
+    again = [t.user_attrs["attempts"] - 1 for t in trials_in(killed)]
+    assert min(again) >= 0
+    assert sum(again) <= KILLS
 
 
 @pytest.mark.slow
