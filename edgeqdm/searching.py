@@ -339,9 +339,9 @@ def _check_folder(folder: Path, name: str) -> None:
     if SEARCH in known and (there := read_search(folder).study) != name:
         raise StorageError(
             "EQ-6311",
-            f"the folder holds the study {there!r}, not {name!r}",
+            f"the folder is a search of {there!r}, not of {name!r}",
             path=folder,
-            hint="name another folder, or leave --study out",
+            hint="name another folder; of one model, --study tells studies apart",
         )
 
 

@@ -170,7 +170,7 @@ def draw_front(report: ParetoReport, suffix: str) -> bytes:
     axis.annotate("float", (report.float_ms, axis.get_ylim()[0]), fontsize=7, rotation=90)
     axis.set_xlabel(f"ms per step and image, predicted ({report.provenance} entries)")
     axis.set_ylabel("image SQNR, dB")
-    axis.set_title(f"{report.study}: {report.complete} plans", fontsize=9)
+    axis.set_title(f"{report.study}: front of {report.complete} plans", fontsize=9)
     if report.plans:
         axis.legend(fontsize=8)
     return _bytes(figure, suffix.lower())
