@@ -169,8 +169,8 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         for cost in profile.boundaries
         if cost.kind is BoundaryKind.QUANTIZE
     }
-    more = _phases_us(profile, network)
-    plain = LatencyModel(network, net_us, quantize_us, overhead, {}, None, more)
+    phases_us = _phases_us(profile, network)
+    plain = LatencyModel(network, net_us, quantize_us, overhead, {}, None, phases_us)
     wholes = [w for w in profile.wholes if (w.model, w.batch) == (network.model, network.batch)]
     known = [w for w in wholes if not missing_entries(profile, entries_of(network, w.precisions))]
     if not known:
@@ -186,7 +186,7 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         float(base),
         {form: float(scale) for form, scale in zip(forms, scales, strict=True)},
         _left_out(rows, measured, [_mixed(whole) for whole in known]),
-        more,
+        phases_us,
     )
 
 

@@ -5,9 +5,9 @@
 The profiles are those that come with edgeqdm, measured on this machine; the plans are drawn with
 another seed than the ones the sums were fitted to, emitted, and timed by the benchmark tool of a
 kit: CPU time of one thread, in rounds of random order. `among` are the first of them in a graph
-with another one as second phase. `speed` is the float graph's time then over
-its time in the profile; errors are given as they are and with predictions multiplied by it, since
-a shared machine is not equally fast at all times.
+with another one as second phase. `speed` is the float graph's time then over its time in the
+profile; errors are given as they are and with predictions multiplied by it, since a shared machine
+is not equally fast at all times.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from onnx import TensorProto, numpy_helper
 
 from edgeqdm import pipeline
 from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
-from edgeqdm.backends.onnxruntime.phases import count_ops, merge_phases
+from edgeqdm.backends.onnxruntime.phases import branches, count_ops, merge_phases
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Evaluate, Exportable
 from edgeqdm.emit.package import exportable
@@ -104,13 +104,9 @@ def fed(denoiser: Denoiser, n: int = 3) -> tuple[NDArray[np.float32], NDArray[np
     return x.numpy(), np.arange(n, dtype=np.int64) % 3
 
 
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all branches in it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs(attribute.g)
+def graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """The graph and all branches of it."""
+    return [graph, *branches(graph)]
 
 
 def contents(*models: onnx.ModelProto) -> dict[tuple[int, tuple[int, ...], bytes], int]:
@@ -240,10 +236,10 @@ def convolved(graph: onnx.GraphProto) -> set[str]:
 
 def test_a_tensor_is_stored_once_and_outside_all_branches(merged: Merged) -> None:
     """But those of float convolutions, and the steps at which later phases begin."""
-    outer, *branches = graphs(merged.model.graph)
-    shared = [t for graph in (outer, *branches) for t in graph.initializer]
-    copied = [t for branch in branches for t in branch.initializer if t.name in convolved(branch)]
-    for branch in branches:
+    outer, *inner = graphs(merged.model.graph)
+    shared = [t for graph in (outer, *inner) for t in graph.initializer]
+    copied = [t for branch in inner for t in branch.initializer if t.name in convolved(branch)]
+    for branch in inner:
         others = [t for t in branch.initializer if t.name not in convolved(branch)]
         assert all(int(np.prod(t.dims)) == 1 for t in others)
     again = len(copied) - len({content(t) for t in copied})
@@ -252,18 +248,18 @@ def test_a_tensor_is_stored_once_and_outside_all_branches(merged: Merged) -> Non
 
 def test_a_float_convolution_has_its_weight_in_its_branch(merged: Merged) -> None:
     """Only there can the runtime block it by channels."""
-    outer, *branches = graphs(merged.model.graph)
+    outer, *inner = graphs(merged.model.graph)
     assert not convolved(outer)
-    assert sum(bool(convolved(branch)) for branch in branches) == STEPS
-    for branch in branches:
+    assert sum(bool(convolved(branch)) for branch in inner) == STEPS
+    for branch in inner:
         assert convolved(branch) <= {t.name for t in branch.initializer}
 
 
 def test_no_fork_is_inside_another_one(merged: Merged) -> None:
     """Two levels down the runtime would not pack the outer weights."""
-    outer, *branches = graphs(merged.model.graph)
+    outer, *inner = graphs(merged.model.graph)
     assert sum(node.op_type == "If" for node in outer.node) == STEPS
-    assert all(node.op_type != "If" for branch in branches for node in branch.node)
+    assert all(node.op_type != "If" for branch in inner for node in branch.node)
 
 
 @pytest.mark.parametrize("starts", [(0, 1), (0, 2, 3), (0, 1, 2, 5, 9)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
 from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
-from edgeqdm.backends.onnxruntime.phases import merge_phases
+from edgeqdm.backends.onnxruntime.phases import branches, merge_phases
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import Exportable
 from edgeqdm.errors import UnsupportedError
@@ -107,24 +106,17 @@ def test_more_phases_add_the_bytes_of_the_merged_graph(key: OpKey, precision: Pr
     starts = (0, 1, 2)
     merged = merge_phases([(start, alone) for start in starts])
     more = sum(
-        stored_bytes(tensor) for graph in graphs(merged.graph) for tensor in graph.initializer
+        stored_bytes(tensor)
+        for graph in [merged.graph, *branches(merged.graph)]
+        for tensor in graph.initializer
     )
     more -= sum(map(stored_bytes, alone.graph.initializer))
     one, three = (weight_bytes(key.kind, key.weight_shape, precision, n) for n in (1, 3))
     # The bias goes with the weight, and every further phase has the step it begins at.
-    beside = 4 * key.weight_shape[0] if key.bias and three > one else 0
+    beside = 4 * key.weight_shape[0] if key.bias and three[0] > one[0] else 0
     assert more == three[0] - one[0] + 2 * (beside + 8)
     packed_anew = precision.integer and key.kind is LayerKind.CONV2D
     assert (three[1] > one[1]) == (three[0] > one[0] or packed_anew)
-
-
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all branches in it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from graphs(attribute.g)
 
 
 def test_fewer_bits_never_take_more_bytes_on_disk() -> None:
