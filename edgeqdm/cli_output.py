@@ -505,7 +505,8 @@ def profile_table(profile: LatencyProfile, fitted: LatencyModel | None) -> Table
         told = f"mean {error.mean:.1%}, worst {error.worst:.1%}, {error.n} networks left out"
         table.add_row("error of sums", told)
     if fitted is not None and costs_of_phases(profile, fitted.network):
-        table.add_row("several phases", f"{fitted.phases_us:+.1f} us per evaluation")
+        told = f"{fitted.fork_us:+.1f} us per layer that differs"
+        table.add_row("several phases", told)
     return table
 
 
@@ -518,7 +519,7 @@ def profile_value(
     error = None if fitted is None else fitted.error
     phased = None
     if fitted is not None and costs_of_phases(profile, fitted.network):
-        phased = fitted.phases_us
+        phased = fitted.fork_us
     return {
         "profile": str(file),
         "device": profile.device.model_dump(mode="json"),
@@ -529,7 +530,7 @@ def profile_value(
         "phase_costs": len(profile.phase_costs),
         "flags": list(profile.flags),
         "prediction_error": None if error is None else asdict(error),
-        "phases_us": phased,
+        "fork_us": phased,
     }
 
 

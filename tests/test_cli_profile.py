@@ -24,6 +24,7 @@ from edgeqdm.ir.profile import (
 )
 from edgeqdm.models.load import load
 from edgeqdm.profile.adopt import read_profile, shipped_profiles
+from edgeqdm.profile.predict import count_forks
 from edgeqdm.testing.tiny import DIT_CONFIG, build_network, write_pipeline
 
 SAMPLER = ("--scheduler", "ddim", "--steps", "4")
@@ -119,8 +120,12 @@ def test_a_profile_is_told_as_it_was_stored(folder: Folder) -> None:
     assert folder.value["wholes"] == 5
     assert folder.value["flags"] == [str(flag) for flag in profile.flags]
     assert folder.value["phase_costs"] == len(profile.phase_costs) == 2
-    longer = [c.among.median_us - c.alone.median_us for c in profile.phase_costs]
-    assert folder.value["phases_us"] == pytest.approx(max(0.0, sum(longer) / 2))
+    network = tuning.network_keys(load(str(folder.model), scheduler="ddim", steps=4))
+    longer = [
+        (c.among.median_us - c.alone.median_us) / count_forks(network, [c.precisions, c.other])
+        for c in profile.phase_costs
+    ]
+    assert folder.value["fork_us"] == pytest.approx(max(0.0, sum(longer) / 2))
     error = folder.value["prediction_error"]
     # Mixes may be of one precision by chance; of fewer than three there is no error to tell.
     mixed = [w for w in profile.wholes if len(set(w.precisions.values())) > 1]
@@ -135,10 +140,10 @@ def test_what_phases_cost_is_told_of_models_they_were_timed_of(folder: Folder) -
     for costs, told in ((profile.phase_costs, True), (others, False), ((), False)):
         found = profile.model_copy(update={"phase_costs": tuple(costs)})
         fitted = tuning.fit_latency(found, tuning.network_keys(denoiser))
-        assert (profile_value(folder.profile, found, fitted)["phases_us"] is not None) == told
+        assert (profile_value(folder.profile, found, fitted)["fork_us"] is not None) == told
         labels = list(profile_table(found, fitted).columns[0].cells)
         assert ("several phases" in labels) == told
-    assert profile_value(folder.profile, profile, None)["phases_us"] is None
+    assert profile_value(folder.profile, profile, None)["fork_us"] is None
 
 
 def test_costs_of_plans_follow_from_the_profile(folder: Folder) -> None:

@@ -18,7 +18,7 @@ from edgeqdm.backends.onnxruntime.blockwise import BLOCK_SIZES
 from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
 from edgeqdm.backends.onnxruntime.lint import check_graph
 from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
-from edgeqdm.backends.onnxruntime.phases import count_ops, merge_phases
+from edgeqdm.backends.onnxruntime.phases import count_ops, fork
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import (
     Array,
@@ -80,14 +80,10 @@ class OnnxRuntimeBackend:
         return tuple(found)
 
     def emit(self, model: Exportable) -> Mapping[str, File]:
-        phases = []
-        for start, network in ((0, model.network), *model.later):
-            graph = finish(export_onnx(network, model.inputs, TRANSLATION))
-            check_graph(graph)
-            phases.append((start, graph))
-        graph = merge_phases(phases)
+        graph = finish(export_onnx(model.network, model.inputs, TRANSLATION))
+        check_graph(graph)
         return {
-            GRAPH: File(_serialized(graph), "model"),
+            GRAPH: File(_serialized(fork(graph)), "model"),
             f"{RUNTIME_FOLDER}/run.py": File(_template("run.py"), "runtime"),
         }
 
@@ -123,9 +119,8 @@ class OnnxRuntimeBackend:
         kind: LayerKind,
         weight_shape: tuple[int, ...],
         precision: Precision,
-        n_phases: int = 1,
     ) -> tuple[int, int]:
-        return weight_bytes(kind, weight_shape, precision, n_phases)
+        return weight_bytes(kind, weight_shape, precision)
 
     def bench_tool(self) -> Mapping[str, File]:
         return {"bench.py": File(_template("bench.py"), "tool")}

@@ -23,7 +23,9 @@ from onnxscript import opset21 as op
 from onnxscript import values
 
 from edgeqdm.backends.onnxruntime.blockwise import to_matmulnbits
-from edgeqdm.emit.export import DEQUANTIZE, QCONV2D, QLINEAR, QLINEAR_DYNAMIC
+from edgeqdm.backends.onnxruntime.phases import CHOOSE as CHOOSE_NODE
+from edgeqdm.backends.onnxruntime.phases import DOMAIN, OF_STEP
+from edgeqdm.emit.export import CHOOSE, DEQUANTIZE, QCONV2D, QLINEAR, QLINEAR_DYNAMIC
 
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
@@ -207,12 +209,31 @@ def dequantize_to_onnx(
     )
 
 
+def choose_to_onnx(x: Any, outputs: Sequence[Any], of_step: Sequence[int], step: Any) -> Any:
+    """`edgeqdm::choose`; what it becomes is decided when the graph is whole, see `phases`."""
+    schema = onnx.defs.OpSchema
+    variadic = schema.FormalParameterOption.Variadic
+    described = schema(
+        CHOOSE_NODE,
+        DOMAIN,
+        1,
+        # All in one: the exporter gives what stands before a variadic input a second time (0.7.2).
+        inputs=[schema.FormalParameter("x_step_outputs", "T", param_option=variadic)],
+        outputs=[schema.FormalParameter("y", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(int64)"], "")],
+        attributes=[schema.Attribute(OF_STEP, schema.AttrType.INTS)],
+    )
+    chosen = values.Op(values.Opset(DOMAIN, 1), CHOOSE_NODE, described)
+    return chosen(x, step, *outputs, of_step=list(of_step))
+
+
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.group_norm.default: group_norm_to_onnx,
     QLINEAR: qlinear_to_onnx,
     QCONV2D: qconv2d_to_onnx,
     QLINEAR_DYNAMIC: qlinear_dynamic_to_onnx,
     DEQUANTIZE: dequantize_to_onnx,
+    CHOOSE: choose_to_onnx,
 }
 
 

@@ -1,166 +1,218 @@
-"""One graph for several phases of the sampler.
+"""Layers whose precision differs between phases, as forks of one graph.
 
-    y = sample
-    y = phase k if start[k] <= step < start[k + 1] else y, for every phase k
+    y = variant of the layer that the step uses
 
-One `If` after another, and none inside another one: two levels down, ONNX Runtime (1.31.1) does not
-pack weights of the outermost graph, and an integer convolution takes three times as long.
+One `If` for every such layer, or for several that are fed the same tensor; what the phases have in
+common is there once and runs as in a graph of one phase: packed once, its buffers planned ahead.
+The step chooses by a table of booleans. A fork costs 1 to 2 us here, and with a fork around every
+layer of `unet-fmnist` in W8A8 (50) an evaluation takes 1.10 times as long; one `If` around all that
+a phase computes took 1.13 times, and packed the weights of a convolution once per phase.
 
-Weights stand in the outer graph, each once however many phases read it: a phase that shares all its
-weights with another costs nothing but its nodes. Those of float convolutions, and their biases,
-stand in every branch that reads them: only there does the runtime block them by channels, without
-which `unet-fmnist` in float takes 1.27 times as long.
-
-The rest has a price too. A branch is fed the outer weights; those that were packed come as empty
-values, and then no buffers are planned ahead, as with `enable_mem_pattern` off: 0.1 to 0.2 us per
-node, 4 to 9 % of the small reference models in W8A8.
+A branch holds the nodes that no one else needs. Large tensors stand outside, even those that only
+one branch reads: the runtime keeps a second copy of what is in a branch. Two do not: weights of
+float convolutions, which are blocked by channels only in their own graph, and what is read two
+levels down, where ONNX Runtime (1.31.1) does not pack what stands outside and an integer
+convolution takes three times as long.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir
+from onnx import numpy_helper
+from onnx_ir.passes import common as ir_passes
 
-SAMPLE, STEP = "sample", "step"
-
-
-def merge_phases(models: Sequence[tuple[int, onnx.ModelProto]]) -> onnx.ModelProto:
-    """Finished graphs of the phases, as one.
-
-    Args:
-        models: (first step, graph) of every phase, ascending from 0; all with the same inputs and
-            one output.
-    """
-    (_, first), *later = models
-    if not later:
-        return first
-    outer = _Outer()
-    output, chosen = first.graph.output[0], SAMPLE
-    stops = [*(start for start, _ in later), None]
-    earlier = ""
-    for p, ((_, model), stop) in enumerate(zip(models, stops, strict=True)):
-        branch = outer.adopt(model.graph, f"p{p}/")
-        here, earlier = outer.here(p, earlier, stop)
-        found = output.name if stop is None else f"phase/{p}/output"
-        outer.choose(p, here, branch, chosen, found)
-        chosen = found
-    merged = onnx.ModelProto()
-    merged.CopyFrom(first)
-    del merged.graph.node[:]
-    del merged.graph.initializer[:]
-    merged.graph.node.extend(outer.nodes)
-    merged.graph.initializer.extend(outer.tensors.values())
-    domains = {entry.domain: entry.version for _, model in models for entry in model.opset_import}
-    del merged.opset_import[:]
-    merged.opset_import.extend(helper.make_opsetid(d, v) for d, v in domains.items())
-    return merged
+DOMAIN = "edgeqdm"
+CHOOSE = "Choose"
+OF_STEP = "of_step"
+STEP = "step"
+_SMALL_BYTES = 16384
+"""A tensor up to here stands in every branch that reads it: no memory to speak of."""
 
 
-class _Outer:
-    """The graph around the phases: their weights by content, what widens them, and the forks."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, TensorProto] = {}
-        self.nodes: list[onnx.NodeProto] = []
-        self._widened: dict[tuple[str, int], str] = {}
-
-    def adopt(self, graph: onnx.GraphProto, prefix: str) -> onnx.GraphProto:
-        """The phase as a branch, under names of its own, reading the outer tensors."""
-        names = {value.name: value.name for value in graph.input}
-        stored = {tensor.name for tensor in graph.initializer}
-        floats = [n for n in graph.node if n.op_type == "Conv" and n.input[1] in stored]
-        own = {name for node in floats for name in node.input[1:]}
-        branch = onnx.GraphProto(name=f"{prefix}graph")
-        for tensor in graph.initializer:
-            if tensor.name in own:
-                names[tensor.name] = prefix + tensor.name
-                branch.initializer.add().CopyFrom(tensor)
-                branch.initializer[-1].name = names[tensor.name]
-            else:
-                names[tensor.name] = self._share(tensor)
-        nodes = []
-        for node in graph.node:
-            if node.op_type == "Cast" and names.get(node.input[0], "") in self.tensors:
-                names[node.output[0]] = self._widen(node, names[node.input[0]])
-            else:
-                nodes.append(node)
-        for node in nodes:
-            names |= {name: prefix + name for name in node.output if name}
-        for node in nodes:
-            renamed = branch.node.add()
-            renamed.CopyFrom(node)
-            renamed.name = prefix + node.name
-            renamed.input[:] = [names[name] if name else "" for name in node.input]
-            renamed.output[:] = [names[name] if name else "" for name in node.output]
-        branch.output.append(_as_output(graph.output[0], names[graph.output[0].name]))
-        return branch
-
-    def here(self, p: int, earlier: str, stop: int | None) -> tuple[str, str]:
-        """Names of whether a step is of phase `p`, and of whether it is before the next one.
-
-        Args:
-            p: the phase.
-            earlier: name of whether it is before this phase; empty for the first one.
-            stop: first step of the next phase; None for the last one.
-        """
-        if stop is None:
-            self._node("Not", [earlier], f"phase/{p}/here")
-            return f"phase/{p}/here", ""
-        bound = f"phase/{p}/stop"
-        self.tensors[bound] = numpy_helper.from_array(np.array(stop, np.int64), bound)
-        self._node("Less", [STEP, bound], f"phase/{p}/before")
-        if not earlier:
-            return f"phase/{p}/before", f"phase/{p}/before"
-        self._node("Xor", [earlier, f"phase/{p}/before"], f"phase/{p}/here")
-        return f"phase/{p}/here", f"phase/{p}/before"
-
-    def choose(
-        self, p: int, here: str, branch: onnx.GraphProto, otherwise: str, output: str
-    ) -> None:
-        """Run the branch where the step is of phase `p`, else keep what was there."""
-        kept = onnx.GraphProto(name=f"phase/{p}/kept")
-        kept.node.append(helper.make_node("Identity", [otherwise], [f"phase/{p}/keep"], kept.name))
-        # Without a shape: the sample that the first one keeps can have other channels.
-        kind = branch.output[0].type.tensor_type.elem_type
-        kept.output.append(helper.make_tensor_value_info(f"phase/{p}/keep", kind, None))
-        self._node("If", [here], output, then_branch=branch, else_branch=kept)
-
-    def _node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
-        self.nodes.append(
-            helper.make_node(kind, inputs, [output], f"{output}/{kind}", **attributes)
-        )
-
-    def _share(self, tensor: TensorProto) -> str:
-        content = hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)} ".encode())
-        bare = TensorProto()
-        bare.CopyFrom(tensor)
-        bare.ClearField("name")
-        content.update(bare.SerializeToString(deterministic=True))
-        name = f"t/{content.hexdigest()[:20]}"
-        if name not in self.tensors:
-            bare.name = name
-            self.tensors[name] = bare
-        return name
-
-    def _widen(self, cast: onnx.NodeProto, source: str) -> str:
-        (kind,) = (attribute.i for attribute in cast.attribute if attribute.name == "to")
-        if (source, kind) not in self._widened:
-            wide = f"{source}/wide-{kind}"
-            self._node("Cast", [source], wide, to=kind)
-            self._widened[source, kind] = wide
-        return self._widened[source, kind]
+def fork(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with every `edgeqdm.Choose` replaced by forks; without one, the graph itself."""
+    if not any(_is_choice(node) for node in model.graph.node):
+        return model
+    whole = onnx_ir.from_proto(model)
+    _Forker(whole.graph).run()
+    del whole.graph.opset_imports[DOMAIN]
+    ir_passes.RemoveUnusedNodesPass()(whole)
+    ir_passes.TopologicalSortPass()(whole)
+    forked = onnx_ir.to_proto(whole)
+    _drop_value_info(forked.graph)
+    return forked
 
 
-def _as_output(like: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    value = onnx.ValueInfoProto()
-    value.CopyFrom(like)
-    value.name = name
+def _drop_value_info(graph: onnx.GraphProto) -> None:
+    del graph.value_info[:]
+    for branch in branches(graph):
+        _drop_value_info(branch)
+
+
+def _is_choice(node: onnx.NodeProto | onnx_ir.Node) -> bool:
+    return node.op_type == CHOOSE and node.domain == DOMAIN
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Layers that are fed the same tensor and change their variant at the same steps."""
+
+    nodes: tuple[onnx_ir.Node, ...]
+    of_step: tuple[int, ...]
+
+    def variants(self) -> list[int]:
+        """That of most steps first: every one further down waits for one more decision."""
+        found = range(len(self.nodes[0].inputs) - 2)
+        return sorted(found, key=lambda variant: -self.of_step.count(variant))
+
+    def outputs(self, variant: int) -> list[onnx_ir.Value]:
+        return [_given(node.inputs[2 + variant]) for node in self.nodes]
+
+
+def _given(value: onnx_ir.Value | None) -> onnx_ir.Value:
+    assert value is not None
     return value
+
+
+class _Forker:
+    """Takes the nodes of every variant out of the graph and puts them into branches."""
+
+    def __init__(self, graph: onnx_ir.Graph) -> None:
+        self.graph = graph
+        self.step = next(value for value in graph.inputs if value.name == STEP)
+        self._conditions: dict[tuple[bool, ...], onnx_ir.Value] = {}
+        self._names = itertools.count()
+
+    def run(self) -> None:
+        grouped: dict[tuple[onnx_ir.Value, tuple[int, ...]], list[onnx_ir.Node]] = {}
+        for node in self.graph:
+            if _is_choice(node):
+                key = (_given(node.inputs[0]), tuple(node.attributes[OF_STEP].as_ints()))
+                grouped.setdefault(key, []).append(node)
+        for (_, of_step), nodes in grouped.items():
+            self._fork(_Choice(tuple(nodes), of_step))
+
+    def _fork(self, choice: _Choice) -> None:
+        variants = choice.variants()
+        own = {v: self._exclusive(choice, v) for v in variants}
+        # Of more than two, all but the first stand two levels down or deeper.
+        deep = variants[1:] if len(variants) > 2 else []
+        first, *others = [self._branch(choice, v, own[v], deep=v in deep) for v in variants]
+        rest = others.pop()
+        for v in reversed(variants[1:-1]):
+            nested = self._if(choice, v, others.pop(), rest)
+            rest = onnx_ir.Graph([], nested.outputs, nodes=[nested], name=self._name("later"))
+        made = self._if(choice, variants[0], first, rest)
+        self.graph.insert_before(choice.nodes[0], made)
+        for node, output in zip(choice.nodes, made.outputs, strict=True):
+            chosen = node.outputs[0]
+            name, chosen.name = chosen.name, None
+            output.name, output.type, output.shape = name, chosen.type, chosen.shape
+            onnx_ir.convenience.replace_all_uses_with(chosen, output, replace_graph_outputs=True)
+        self.graph.remove(list(choice.nodes), safe=True)
+
+    def _exclusive(self, choice: _Choice, variant: int) -> list[onnx_ir.Node]:
+        """Nodes that nothing but this variant needs, in order."""
+        wanted, found = set(choice.nodes), set[onnx_ir.Node]()
+
+        def is_ours(node: onnx_ir.Node, place: int) -> bool:
+            return node in found or (node in wanted and place == 2 + variant)
+
+        for node in reversed(self.graph):
+            uses = [use for output in node.outputs for use in output.uses()]
+            read_outside = any(output.is_graph_output() for output in node.outputs)
+            if uses and not read_outside and all(is_ours(use.node, use.idx) for use in uses):
+                found.add(node)
+        return [node for node in self.graph if node in found]
+
+    def _branch(
+        self, choice: _Choice, variant: int, nodes: Sequence[onnx_ir.Node], *, deep: bool
+    ) -> onnx_ir.Graph:
+        outputs = choice.outputs(variant)
+        for node in choice.nodes:
+            node.replace_input_with(2 + variant, None)
+        self.graph.remove(list(nodes))
+        inside = {value for node in nodes for value in node.outputs}
+        # What is computed outside, or comes as an input, must be handed on to be an output.
+        passed = [value for value in dict.fromkeys(outputs) if value not in inside]
+        handed = {value: onnx_ir.node("Identity", [value]) for value in passed}
+        for each in handed.values():
+            each.outputs[0].name = self._name("passed")
+        results = [handed[v].outputs[0] if v in handed else v for v in outputs]
+        nodes = [*nodes, *handed.values()]
+        tensors = self._adopt(nodes, deep=deep)
+        name = self._name("variant")
+        return onnx_ir.Graph([], results, nodes=nodes, initializers=tensors, name=name)
+
+    def _adopt(self, nodes: Sequence[onnx_ir.Node], *, deep: bool) -> list[onnx_ir.Value]:
+        """Tensors that stand in the branch with its nodes."""
+        mine, found = set(nodes), list[onnx_ir.Value]()
+        for value in dict.fromkeys(value for node in nodes for value in node.inputs):
+            if value is None or not value.is_initializer() or value.const_value is None:
+                continue
+            uses = [use for use in value.uses() if use.node in mine]
+            blocked = any(use.node.op_type == "Conv" for use in uses)
+            if not (deep or blocked or value.const_value.nbytes <= _SMALL_BYTES):
+                continue
+            if len(uses) == len(value.uses()):
+                del self.graph.initializers[_named(value)]
+                found.append(value)
+                continue
+            copy = onnx_ir.Value(
+                name=self._name(_named(value)),
+                type=value.type,
+                shape=value.shape,
+                const_value=value.const_value,
+            )
+            for use in uses:
+                use.node.replace_input_with(use.idx, copy)
+            found.append(copy)
+        return found
+
+    def _if(
+        self, choice: _Choice, variant: int, first: onnx_ir.Graph, rest: onnx_ir.Graph
+    ) -> onnx_ir.Node:
+        made = onnx_ir.node(
+            "If",
+            [self._condition(tuple(each == variant for each in choice.of_step))],
+            {"then_branch": first, "else_branch": rest},
+            num_outputs=len(choice.nodes),
+            name=self._name("fork"),
+        )
+        for output in made.outputs:
+            output.name = self._name("chosen")
+        return made
+
+    def _condition(self, holds: tuple[bool, ...]) -> onnx_ir.Value:
+        if holds not in self._conditions:
+            name = self._name("steps")
+            table = onnx_ir.tensor(np.array(holds), name=name)
+            value = onnx_ir.Value(
+                name=name,
+                type=onnx_ir.TensorType(table.dtype),
+                shape=onnx_ir.Shape([len(holds)]),
+                const_value=table,
+            )
+            self.graph.register_initializer(value)
+            gather = onnx_ir.node("Gather", [value, self.step], {"axis": 0}, name=f"{name}/here")
+            gather.outputs[0].name = f"{name}/here"
+            self.graph.insert_before(self.graph[0], gather)
+            self._conditions[holds] = gather.outputs[0]
+        return self._conditions[holds]
+
+    def _name(self, what: str) -> str:
+        return f"phase/{next(self._names)}/{what}"
+
+
+def _named(value: onnx_ir.Value) -> str:
+    assert value.name is not None
+    return value.name
 
 
 def branches(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
@@ -174,11 +226,33 @@ def branches(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
 
 
 def count_ops(graph: onnx.GraphProto, names: Sequence[str]) -> Mapping[str, int]:
-    """Nodes of each operator, with those of the branch that has most of them: one branch runs."""
+    """Nodes of each operator that run at one step, the one at which most of them do."""
+    tables = _step_tables(graph)
+    steps = set(zip(*tables.values(), strict=True)) or {()}
+    counts = [_count(graph, names, dict(zip(tables, holds, strict=True))) for holds in steps]
+    return max(counts, key=lambda found: (sum(found.values()), *found.values()))
+
+
+def _step_tables(graph: onnx.GraphProto) -> dict[str, list[bool]]:
+    """By name of a condition: whether it holds, for every step."""
+    tensors = {t.name: t for t in graph.initializer if t.data_type == onnx.TensorProto.BOOL}
+    return {
+        node.output[0]: numpy_helper.to_array(tensors[node.input[0]]).tolist()
+        for node in graph.node
+        if node.op_type == "Gather" and node.input[0] in tensors
+    }
+
+
+def _count(
+    graph: onnx.GraphProto, names: Sequence[str], holds: Mapping[str, bool]
+) -> dict[str, int]:
     found = dict.fromkeys(names, 0)
     for node in graph.node:
         if node.op_type in found:
             found[node.op_type] += 1
-    counts = [count_ops(branch, names) for branch in branches(graph)]
-    most = max(counts, key=lambda count: sum(count.values()), default={})
-    return {name: number + most.get(name, 0) for name, number in found.items()}
+        elif node.op_type == "If":
+            taken = "then_branch" if holds[node.input[0]] else "else_branch"
+            (branch,) = (a.g for a in node.attribute if a.name == taken)
+            for name, n in _count(branch, names, holds).items():
+                found[name] += n
+    return found

@@ -11,9 +11,9 @@ SCALE_BYTES = 4
 
 
 def weight_bytes(
-    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision, n_phases: int = 1
+    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
 ) -> tuple[int, int]:
-    """On disk and resident, as `lowering` and `phases` store it for phases that have it so.
+    """On disk and resident, as `lowering` stores it.
 
     Without the bias. Codes of 4 bits are stored in 4, those of 6 in 8. Resident is what a session
     keeps beside its first run's buffers: the file's tensors, and the copies that the runtime makes
@@ -24,16 +24,12 @@ def weight_bytes(
     values = math.prod(weight_shape)
     if precision == FP32:
         # A convolution is kept a second time in blocks of channels, and packed.
-        if kind is LayerKind.CONV2D:
-            return n_phases * disk, n_phases * (disk + 8 * values)
-        return disk, disk + 4 * values
+        return disk, disk + (8 if kind is LayerKind.CONV2D else 4) * values
     if precision.group_size and precision.dynamic:
         return disk, 2 * disk
     widened = values if precision.weight_bits == 4 else 0
     # Without integer kernels the float32 weight is made of the codes once and kept.
-    # Of weights that several branches read, those of integer convolutions are packed in each.
-    packed = values * (n_phases if kind is LayerKind.CONV2D else 1)
-    return disk, disk + widened + (packed if precision.integer else 4 * values)
+    return disk, disk + widened + (values if precision.integer else 4 * values)
 
 
 def _disk_bytes(weight_shape: tuple[int, ...], precision: Precision) -> int:

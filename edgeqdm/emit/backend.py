@@ -28,16 +28,14 @@ class Exportable:
     """A network to lower, with an example of every graph input.
 
     Attributes:
-        network: called with the inputs in order; returns f [B, C, H, W]. With several phases, that
-            of the first.
+        network: called with the inputs in order; returns f [B, C, H, W]. With several phases, a
+            layer that differs between them is an `edgeqdm::choose` of its variants.
         inputs: `sample` [2, C, H, W], `step` int64 scalar and, where the model takes it,
             `label` [2] or `embedding` [2, ...].
-        later: first step and network of every further phase, ascending.
     """
 
     network: nn.Module
     inputs: Mapping[str, Tensor]
-    later: tuple[tuple[int, nn.Module], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,12 +98,8 @@ class Backend(Protocol):
         kind: LayerKind,
         weight_shape: tuple[int, ...],
         precision: Precision,
-        n_phases: int = 1,
     ) -> tuple[int, int]:
-        """Bytes of a layer's weight, scales included: in the package, and once it is loaded.
-
-        In all of `n_phases` phases that have the layer at this precision.
-        """
+        """Bytes of a layer's weight, scales included: in the package, and once it is loaded."""
 
     def bench_tool(self) -> Mapping[str, File]:
         """Program that times the graphs of a kit on a device, by path inside the kit."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeqdm.quantize.ops import (
+    CHOOSE,
     DEQUANTIZE,
     QCONV2D,
     QLINEAR,
@@ -22,6 +23,7 @@ from edgeqdm.quantize.ops import (
 )
 
 __all__ = [
+    "CHOOSE",
     "DEQUANTIZE",
     "OPSET",
     "QCONV2D",

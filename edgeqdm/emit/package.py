@@ -25,7 +25,7 @@ from edgeqdm.ir.model import ModelInfo
 from edgeqdm.ir.package import UNSEALED, Manifest, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.schedule import CorrectedSchedule, CorrectionKey
-from edgeqdm.quantize.quantizer import QuantizedDenoiser, phase_network, precision_digest
+from edgeqdm.quantize.quantizer import QuantizedDenoiser, precision_digest
 
 LIBRARIES = ("diffusers", "numpy", "torch")
 _LISTED = 10
@@ -79,10 +79,7 @@ def exportable(quantized: QuantizedDenoiser) -> Exportable:
         inputs["label"] = torch.zeros(2, dtype=torch.int64)
     elif info.conditioning.kind == "embedding":
         inputs["embedding"] = torch.zeros(2, *info.conditioning.shape)
-    if len(quantized.plan.phases) == 1:
-        return Exportable(quantized.network, inputs)
-    (_, first), *later = ((p.start, phase_network(quantized, p)) for p in quantized.plan.phases)
-    return Exportable(first, inputs, tuple(later))
+    return Exportable(quantized.network, inputs)
 
 
 def emit_package(

@@ -35,6 +35,10 @@ class NetworkKeys:
     siblings: tuple[tuple[str, ...], ...]
     rest_bytes: int = 0
 
+    def fed_with(self, layer: str) -> tuple[str, ...]:
+        """The layers that are fed the tensor this one is fed, itself among them."""
+        return next((names for names in self.siblings if layer in names), (layer,))
+
 
 def network_keys(denoiser: Denoiser) -> NetworkKeys:
     """The key of every layer; the denoiser runs once.

@@ -1,7 +1,7 @@
 """What a profile says of a network at given precisions: latency and bytes.
 
     latency = base + sum of scale[form] * (entries of that form - overhead - what they share)
-              + what a graph of several phases takes longer
+              + a fork for every layer whose precision differs between phases
 
 Alone, an operation finds its tensors in the cache and pays for a call of its own; beside others it
 does not. So the entries of every form of computation get one scale, and everything that is no
@@ -11,7 +11,6 @@ entry is one base, fitted to whole networks measured on the same device.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +60,7 @@ class LatencyModel:
         quantize_us: of a tensor of this shape.
         base_us: of everything that is no entry.
         scales: by form of computation, see `form_of`.
-        phases_us: what an evaluation takes longer in a graph of several phases than alone.
+        fork_us: what an evaluation takes longer for every fork, see `count_forks`.
         error: on networks left out of the fit; None where fewer than 3 were measured.
     """
 
@@ -71,7 +70,7 @@ class LatencyModel:
     base_us: float
     scales: Mapping[str, float]
     error: PredictionError | None
-    phases_us: float = 0.0
+    fork_us: float = 0.0
 
     def layer_us(self, layer: str, precision: Precision) -> float:
         """What one layer adds to a network, in microseconds.
@@ -98,7 +97,7 @@ class LatencyModel:
 
     def predict_phases_us(self, phases: Sequence[Precisions]) -> tuple[float, ...]:
         """Time of one evaluation in every phase of one graph, in microseconds, [P]."""
-        more = self.phases_us if len(phases) > 1 else 0.0
+        more = self.fork_us * count_forks(self.network, phases)
         return tuple(self.predict_us(precisions) + more for precisions in phases)
 
     def mean_us(self, plan: DeploymentPlan) -> float:
@@ -111,6 +110,10 @@ class LatencyModel:
         shape = self.network.keys[names[0]].input_shape
         return self.scales.get("integer", 1.0) * self.quantize_us.get(shape, 0.0)
 
+    def fork_once_us(self, layers: Iterable[str]) -> float:
+        """What every further variant of some layers costs an evaluation, in microseconds."""
+        return self.fork_us * len({self.network.fed_with(layer) for layer in layers})
+
     def _net(self, layer: str, precision: Precision) -> float:
         found = self.net_us.get((self.network.keys[layer], precision))
         if found is None:
@@ -120,6 +123,16 @@ class LatencyModel:
     def _shared_us(self, precisions: Precisions) -> float:
         shared = shared_us(self.network, self.quantize_us, precisions)
         return self.scales.get("integer", 1.0) * shared
+
+
+def count_forks(network: NetworkKeys, phases: Sequence[Precisions]) -> int:
+    """Variants beyond the first of every layer; layers fed the same tensor fork together."""
+    forks = set()
+    for layer in network.keys:
+        precisions = [phase.get(layer, FP32) for phase in phases]
+        variants = list(dict.fromkeys(precisions))
+        forks.add((network.fed_with(layer), tuple(map(variants.index, precisions))))
+    return sum(max(of_phase) for _, of_phase in forks)
 
 
 def form_of(precision: Precision) -> str:
@@ -169,8 +182,8 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         for cost in profile.boundaries
         if cost.kind is BoundaryKind.QUANTIZE
     }
-    phases_us = _phases_us(profile, network)
-    plain = LatencyModel(network, net_us, quantize_us, overhead, {}, None, phases_us)
+    fork_us = _fork_us(profile, network)
+    plain = LatencyModel(network, net_us, quantize_us, overhead, {}, None, fork_us)
     wholes = [w for w in profile.wholes if (w.model, w.batch) == (network.model, network.batch)]
     known = [w for w in wholes if not missing_entries(profile, entries_of(network, w.precisions))]
     if not known:
@@ -186,17 +199,19 @@ def fit_latency(profile: LatencyProfile, network: NetworkKeys) -> LatencyModel:
         float(base),
         {form: float(scale) for form, scale in zip(forms, scales, strict=True)},
         _left_out(rows, measured, [_mixed(whole) for whole in known]),
-        phases_us,
+        fork_us,
     )
 
 
-def _phases_us(profile: LatencyProfile, network: NetworkKeys) -> float:
-    """What an evaluation takes longer in a graph of several phases, in microseconds.
+def _fork_us(profile: LatencyProfile, network: NetworkKeys) -> float:
+    """What an evaluation takes longer for every fork, in microseconds.
 
     The median of the profile's pairs of this network, at least 0; 0 if it has none.
     """
     more = [
-        cost.among.median_us - cost.alone.median_us for cost in costs_of_phases(profile, network)
+        (cost.among.median_us - cost.alone.median_us) / forks
+        for cost in costs_of_phases(profile, network)
+        if (forks := count_forks(network, [cost.precisions, cost.other]))
     ]
     return max(0.0, float(np.median(more))) if more else 0.0
 
@@ -298,32 +313,39 @@ class StorageModel:
 
     Attributes:
         network: its operations.
-        weight_bytes: (kind, shape of the weight, precision, phases that have it so) -> bytes on
-            disk and resident.
+        weight_bytes: (kind, shape of the weight, precision) -> bytes on disk and resident.
         base_bytes: of everything that is no weight of a layer, on disk; all but the network's other
-            tensors is the graph's nodes, which every phase has of its own.
+            tensors is the graph's nodes, and a further variant of a layer has its share of those.
         tables: bytes of a layer's table, for layers that may become one.
     """
 
     network: NetworkKeys
-    weight_bytes: Callable[[LayerKind, tuple[int, ...], Precision, int], tuple[int, int]]
+    weight_bytes: Callable[[LayerKind, tuple[int, ...], Precision], tuple[int, int]]
     base_bytes: int
     tables: Mapping[str, int]
 
-    def layer_bytes(self, layer: str, precision: Precision, n_phases: int = 1) -> tuple[int, int]:
-        """Bytes on disk and resident of a layer that so many phases have at one precision."""
+    def layer_bytes(self, layer: str, precision: Precision) -> tuple[int, int]:
+        """Bytes on disk and resident of a layer."""
         if precision == TABLE:
             return self.tables[layer], self.tables[layer]
         key = self.network.keys[layer]
-        return self.weight_bytes(key.kind, key.weight_shape, precision, n_phases)
+        return self.weight_bytes(key.kind, key.weight_shape, precision)
+
+    @property
+    def variant_bytes(self) -> int:
+        """Of the nodes of one more variant of a layer, on disk."""
+        nodes = max(0, self.base_bytes - self.network.rest_bytes)
+        return nodes // max(1, len(self.network.keys))
 
     def predict_bytes(self, phases: Sequence[Precisions]) -> tuple[int, int]:
         """Bytes on disk and resident of a graph of these phases."""
-        nodes = max(0, self.base_bytes - self.network.rest_bytes)
-        disk = resident = self.base_bytes + (len(phases) - 1) * nodes
+        disk = resident = self.base_bytes
         for layer in self.network.keys:
-            for precision, n in Counter(p.get(layer, FP32) for p in phases).items():
-                mine = self.layer_bytes(layer, precision, n)
+            variants = {phase.get(layer, FP32) for phase in phases}
+            more = (len(variants) - 1) * self.variant_bytes
+            disk, resident = disk + more, resident + more
+            for precision in variants:
+                mine = self.layer_bytes(layer, precision)
                 disk, resident = disk + mine[0], resident + mine[1]
         return disk, resident
 

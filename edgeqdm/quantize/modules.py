@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from edgeqdm.ir.precision import Precision
 from edgeqdm.numerics.ranges import ActivationScales
 from edgeqdm.quantize.ops import (
+    choose,
     dequantize,
     qconv2d,
     qlinear,
@@ -218,6 +219,9 @@ class PhasedLayer(nn.Module):
         self._clock = clock
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            outputs = [variant(input) for variant in self.variants]
+            return cast(Tensor, choose(input, outputs, self.of_step, self._clock.step))
         chosen = self.variants[self.of_step[int(self._clock.step)]]
         return cast(Tensor, chosen(input))
 

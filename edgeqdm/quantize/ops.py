@@ -10,6 +10,7 @@
     edgeqdm::qlinear_dynamic(x, weight_q, weight_scale, weight_zero_point, bias, group_size,
                              activation_bits)
     edgeqdm::dequantize(weight_q, weight_scale, weight_zero_point, group_size)
+    edgeqdm::choose(x, outputs, of_step, step)
 
 `act_scale_table` and `out_scale_table` are float32 [S] (or [1]), indexed by the int64 scalar
 `step`. Per output channel, `weight_q` is int8 and `weight_scale` [C_out]; in groups, `weight_q` is
@@ -256,6 +257,20 @@ def _(
     return weight_scale.new_empty(weight_q.shape)
 
 
+@torch.library.custom_op("edgeqdm::choose", mutates_args=())
+def choose(x: Tensor, outputs: Sequence[Tensor], of_step: Sequence[int], step: Tensor) -> Tensor:
+    """The output of the variant that a step uses, `outputs[of_step[step]]`.
+
+    All of them are outputs of one layer that is fed `x`, which tells layers that are fed alike.
+    """
+    return outputs[of_step[int(step)]].clone()
+
+
+@choose.register_fake
+def _(x: Tensor, outputs: Sequence[Tensor], of_step: Sequence[int], step: Tensor) -> Tensor:
+    return outputs[0].new_empty(outputs[0].shape)
+
+
 def _grouped(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> GroupedWeight:
     # The width of the codes plays no part in the arithmetic.
     return GroupedWeight(codes, scale, zero_point, 8, group_size)
@@ -266,4 +281,5 @@ QCONV2D: Callable[..., Any] = torch.ops.edgeqdm.qconv2d.default
 QLINEAR_GROUPED: Callable[..., Any] = torch.ops.edgeqdm.qlinear_grouped.default
 QLINEAR_DYNAMIC: Callable[..., Any] = torch.ops.edgeqdm.qlinear_dynamic.default
 DEQUANTIZE: Callable[..., Any] = torch.ops.edgeqdm.dequantize.default
+CHOOSE: Callable[..., Any] = torch.ops.edgeqdm.choose.default
 """The registered overloads, as an exported graph calls them."""

@@ -16,7 +16,7 @@ from edgeqdm.calibrate.observe import LayerObservation
 from edgeqdm.errors import InputError, NumericalError, UnsupportedError
 from edgeqdm.ir.codec import digest
 from edgeqdm.ir.model import LayerKind, ModelInfo
-from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
+from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment
 from edgeqdm.ir.precision import FP16, FP32, TABLE, ActivationPolicy
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.models.layers import get_layer, network_of, set_layer
@@ -325,14 +325,6 @@ def assemble(denoiser: Denoiser, plan: DeploymentPlan, parameters: Parameters) -
     return QuantizedDenoiser(
         denoiser, plan, parameters, network, _tables_sha256(module, parameters)
     )
-
-
-def phase_network(quantized: QuantizedDenoiser, phase: Phase) -> SteppedNetwork:
-    """The network of one phase alone: equal to the whole one at its steps, free of choices."""
-    plan = quantized.plan
-    whole = Phase(start=0, stop=plan.n_steps, layers=phase.layers)
-    alone = plan.model_copy(update={"phases": (whole,)})
-    return assemble(quantized.denoiser, alone, quantized.parameters).network
 
 
 def _copy_without_weights(

@@ -2,16 +2,15 @@
 
     minimise    sum over groups and phases of damage[g, p, c]
     subject to  sum over phases of their share of steps * (sum of latency[g, c]
-                    + sum of the shared costs that any choice of the phase calls for) <= budget
-                sum of bytes[g, c] over the precisions that any phase uses
-                    + sum of copies[g, c] over those that further phases use too <= limit
+                    + sum of the shared costs that any choice of the phase calls for)
+                + sum of fork[g] over the precisions of a group beyond its first <= budget
+                sum of bytes[g, c] over the precisions that any phase uses <= limit
 
 a multiple-choice knapsack, solved to optimality within `GAP`, or as far as `NODES` go.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -55,10 +54,10 @@ class Additive:
         damage: of a group in a phase at each of its choices, [P][G] arrays of [C]; infinite
             where it was not measured.
         latency_us: of a group at each of its choices, [G] arrays of [C].
-        disk_bytes: the same, of the first phase that has it, [G] arrays of [C].
+        disk_bytes: the same, stored once for all phases that have it, [G] arrays of [C].
         shares: of the steps, by phase, sum 1, [P].
         shared: costs beside those of single choices.
-        copy_bytes: what every further phase adds to `disk_bytes`; empty: nothing.
+        fork_us: what every choice of a group beyond the first one costs, [G]; empty: nothing.
     """
 
     damage: Sequence[Sequence[Values]]
@@ -66,7 +65,7 @@ class Additive:
     disk_bytes: Sequence[Values]
     shares: Sequence[float]
     shared: Sequence[Shared] = ()
-    copy_bytes: Sequence[Values] = ()
+    fork_us: Sequence[float] = ()
 
     @property
     def n_phases(self) -> int:
@@ -78,17 +77,16 @@ class Additive:
         for p, mine in enumerate(choices):
             damage += sum(float(self.damage[p][g][c]) for g, c in enumerate(mine))
             latency += self.shares[p] * self._phase_us(mine)
-        copies = self.copies()
-        stored = sum(
-            float(self.disk_bytes[g][c] + (n - 1) * copies[g][c])
-            for g in range(len(self.latency_us))
-            for c, n in Counter(mine[g] for mine in choices).items()
-        )
+        stored = 0.0
+        for g, each in enumerate(self.disk_bytes):
+            there = {mine[g] for mine in choices}
+            stored += sum(float(each[c]) for c in there)
+            latency += (len(there) - 1) * self.forks()[g]
         return damage, latency, stored
 
-    def copies(self) -> Sequence[Values]:
-        """`copy_bytes`, zeros where there are none."""
-        return self.copy_bytes or [np.zeros_like(each) for each in self.disk_bytes]
+    def forks(self) -> Sequence[float]:
+        """`fork_us`, zeros where there are none."""
+        return self.fork_us or [0.0] * len(self.latency_us)
 
     def _phase_us(self, mine: Sequence[int]) -> float:
         there = set(enumerate(mine))
@@ -140,13 +138,16 @@ def optimum(
     Raises:
         NumericalError: EQ-5610, if the solver finds nothing or takes longer than `SECONDS`.
     """
-    layout = _Layout.of(model, stored=max_bytes is not None)
+    forked = model.n_phases > 1 and any(model.fork_us)
+    layout = _Layout.of(model, stored=max_bytes is not None or forked)
     damage = layout.damage(model)
+    # The first choice of a group is no fork, but counted as one.
+    room_us = budget_us + (sum(model.forks()) if layout.stored else 0.0)
     # In units of the budgets: the solver's tolerances are absolute.
     constraints = [
         *layout.one_each(),
         *layout.if_chosen(model),
-        Row.below(layout.latency(model) / budget_us, 1.0),
+        Row.below(layout.latency(model) / budget_us, room_us / budget_us),
     ]
     if max_bytes is not None:
         constraints.append(Row.below(layout.bytes(model) / max_bytes, 1.0))
@@ -269,13 +270,13 @@ class _Layout:
     def latency(self, model: Additive) -> Values:
         own, once = np.concatenate(model.latency_us), np.array([each.us for each in model.shared])
         shares = np.asarray(model.shares)
-        parts = [np.kron(shares, own), np.kron(shares, once), np.zeros(self.row * self.stored)]
+        forks = np.repeat(np.asarray(model.forks()), self.widths) * self.stored
+        parts = [np.kron(shares, own), np.kron(shares, once), forks[: self.row * self.stored]]
         return np.concatenate(parts)
 
     def bytes(self, model: Additive) -> Values:
-        own, copy = np.concatenate(model.disk_bytes), np.concatenate(model.copies())
-        shared = np.zeros(self.n_phases * self.n_shared)
-        return np.concatenate([np.tile(copy, self.n_phases), shared, own - copy])
+        others = np.zeros(self.n_variables - self.row)
+        return np.concatenate([others, *model.disk_bytes])
 
     def one_each(self) -> list[Row]:
         return [

@@ -75,12 +75,12 @@ def fastest_plan_us(pricing: Pricing, max_bytes: int | None = None) -> float | N
 
 
 def _fastest(pricing: Pricing, model: Additive, max_bytes: int | None) -> list[int] | None:
-    room = _room(pricing, 1, max_bytes)
+    room = _room(pricing, max_bytes)
     return None if room is not None and room <= 0 else fastest(model, max_bytes=room)
 
 
-def _room(pricing: Pricing, n_phases: int, max_bytes: int | None) -> int | None:
-    return None if max_bytes is None else max_bytes - _bytes_beside(pricing, n_phases)
+def _room(pricing: Pricing, max_bytes: int | None) -> int | None:
+    return None if max_bytes is None else max_bytes - _bytes_beside(pricing)
 
 
 def _candidate(
@@ -129,27 +129,20 @@ def additive(
 
     users, shared = _shared(pricing)
 
-    def stored(n_phases: int) -> list[np.ndarray]:
-        def disk(layer: str, choice: Precision) -> int:
-            precision = space.layer_precision(layer, choice)
-            return pricing.storage.layer_bytes(layer, precision, n_phases)[0]
+    def stored(layers: Sequence[str], choice: Precision) -> float:
+        precisions = ((layer, space.layer_precision(layer, choice)) for layer in layers)
+        return float(sum(_stored_bytes(pricing, *each) for each in precisions))
 
-        return [
-            np.array([float(sum(disk(layer, c) for layer in g.layers)) for c in g.choices])
-            for g in space.groups
-        ]
-
-    once = stored(1)
     return Additive(
         damage=[
             [np.array([damage(g.layers, c, a, b) for c in g.choices]) for g in space.groups]
             for a, b in phases
         ],
         latency_us=users,
-        disk_bytes=once,
-        copy_bytes=[two - one for one, two in zip(once, stored(2), strict=True)],
+        disk_bytes=[np.array([stored(g.layers, c) for c in g.choices]) for g in space.groups],
         shares=[(b - a) / space.n_steps for a, b in phases],
         shared=shared,
+        fork_us=[pricing.latency.fork_once_us(g.layers) for g in space.groups],
     )
 
 
@@ -202,11 +195,7 @@ def _optima(
     least = alone.cost([first])[1]
     # What no choice changes: layers outside the space, and everything that is no layer.
     fixed = pricing.price(_candidate(pricing, (0,), [first])).latency_us - least
-    most = max(
-        slowest_us(model) + _phases_us(pricing, starts)
-        for models in by_phases
-        for starts, model in models
-    )
+    most = max(slowest_us(model) for models in by_phases for _, model in models)
     if limits.latency_us is not None:
         most = min(most, limits.latency_us - fixed)
     if most < least:
@@ -234,11 +223,10 @@ def _least_damage(
     """The best optimum of models with as many phases; its damage and the candidate."""
     best: tuple[float, Candidate] | None = None
     for starts, model in models:
-        room = _room(pricing, len(starts), max_bytes)
-        left_us = budget_us - _phases_us(pricing, starts)
-        if left_us <= 0 or (room is not None and room <= 0):
+        room = _room(pricing, max_bytes)
+        if room is not None and room <= 0:
             continue
-        choices = optimum(model, budget_us=left_us, max_bytes=room)
+        choices = optimum(model, budget_us=budget_us, max_bytes=room)
         if choices is None:
             continue
         damage = model.cost(choices)[0]
@@ -247,25 +235,25 @@ def _least_damage(
     return best
 
 
-def _phases_us(pricing: Pricing, starts: Sequence[int]) -> float:
-    """What a graph of these phases takes longer than one of a single phase."""
-    return pricing.latency.phases_us if len(starts) > 1 else 0.0
-
-
 def _budgets(least: float, most: float, n: int) -> list[float]:
     """Denser towards the fastest, where a little time buys most."""
     # The least budget is met by one choice exactly: rounding must not put it out of reach.
     return [float(b) * (1 + 1e-9) for b in least + (most - least) * np.linspace(0, 1, n) ** 2]
 
 
-def _bytes_beside(pricing: Pricing, n_phases: int) -> int:
-    """Of a package of so many phases, what is no weight of a group."""
-    space, storage = pricing.space, pricing.storage
+def _bytes_beside(pricing: Pricing) -> int:
+    """Of a package, what is no weight of a group."""
+    space = pricing.space
     (choices,) = space.uniform(FP32).precisions
     probe = space.assignment(choices)
     mine = sum(
-        storage.layer_bytes(layer, probe[layer], n_phases)[0]
+        _stored_bytes(pricing, layer, probe[layer])
         for group in space.groups
         for layer in group.layers
     )
-    return storage.predict_bytes([probe] * n_phases)[0] - mine
+    return pricing.storage.predict_bytes([probe])[0] - mine
+
+
+def _stored_bytes(pricing: Pricing, layer: str, precision: Precision) -> int:
+    """Of a variant of a layer: its weight and its nodes."""
+    return pricing.storage.layer_bytes(layer, precision)[0] + pricing.storage.variant_bytes

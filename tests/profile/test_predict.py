@@ -35,6 +35,7 @@ from edgeqdm.profile.predict import (
     SCALE_DEVIATION,
     LatencyModel,
     StorageModel,
+    count_forks,
     entries_of,
     fit_latency,
     fitted_base_bytes,
@@ -386,11 +387,13 @@ def test_a_plan_costs_the_mean_over_its_steps() -> None:
     assert MODEL_OF_3.mean_us(plan) == pytest.approx((3 * slow + fast) / 4)
 
 
-def test_several_phases_cost_what_they_were_measured_to_cost() -> None:
-    model, plan = replace(MODEL_OF_3, phases_us=7.0), plan_of((3, FP32), (1, W8A8))
+def test_a_layer_that_differs_between_phases_costs_what_was_measured() -> None:
+    model, plan = replace(MODEL_OF_3, fork_us=7.0), plan_of((3, FP32), (1, W8A8))
+    forks = count_forks(model.network, [dict.fromkeys(WIDTHS, p) for p in (FP32, W8A8)])
     slow, fast = MODEL_OF_3.predict_plan_us(plan)
-    assert model.predict_plan_us(plan) == (slow + 7.0, fast + 7.0)
-    assert model.mean_us(plan) == pytest.approx(MODEL_OF_3.mean_us(plan) + 7.0)
+    assert forks > 0
+    assert model.predict_plan_us(plan) == (slow + 7.0 * forks, fast + 7.0 * forks)
+    assert model.mean_us(plan) == pytest.approx(MODEL_OF_3.mean_us(plan) + 7.0 * forks)
     alone = plan_of((4, W8A8))
     assert model.predict_plan_us(alone) == MODEL_OF_3.predict_plan_us(alone) == (fast,)
 
@@ -407,24 +410,39 @@ def phases(alone: float, among: float, first: Precision, *, batch: int = 1) -> P
     )
 
 
+def test_layers_that_are_fed_alike_fork_together() -> None:
+    """Unless they change at other steps; every variant beyond the first is a fork."""
+    network = NetworkKeys(MODEL, 1, NETWORK.keys, (tuple(WIDTHS)[:2],))
+    q, k, *_, up = WIDTHS
+    base = dict.fromkeys(WIDTHS, W8A8)
+    assert count_forks(network, [base]) == count_forks(network, [base, base]) == 0
+    assert count_forks(network, [base, base | {up: W4A8}]) == 1
+    assert count_forks(network, [base, base | {q: W4A8}, base | {q: FP32}]) == 2
+    assert count_forks(network, [base, base | {q: W4A8, k: FP32}]) == 1
+    assert count_forks(network, [base, base | {q: W4A8}, base | {k: FP32}]) == 2
+
+
 @pytest.mark.parametrize("wholes", [0, 6])
-def test_what_phases_cost_is_the_median_of_the_pairs_of_this_network(wholes: int) -> None:
+def test_what_a_fork_costs_is_the_median_of_the_pairs_of_this_network(wholes: int) -> None:
     pairs = [
         phases(100.0, 103.0, W8A8),
         phases(300.0, 309.0, W8),
         phases(200.0, 999.0, W4A8),
         phases(100.0, 500.0, W8A8, batch=2),
+        # The same network twice: no fork.
+        phases(100.0, 900.0, FP32),
     ]
+    forks = count_forks(ALONE, [dict.fromkeys(WIDTHS, W8), {}])
     profile = profile_of(NET_US, measured(mixes(wholes), ONES))
     found = fit_latency(profile.model_copy(update={"phase_costs": tuple(pairs)}), ALONE)
-    assert found.phases_us == 9.0
-    assert fit_latency(profile, ALONE).phases_us == 0.0
-    assert found == replace(fit_latency(profile, ALONE), phases_us=9.0)
+    assert found.fork_us == 9.0 / forks
+    assert fit_latency(profile, ALONE).fork_us == 0.0
+    assert found == replace(fit_latency(profile, ALONE), fork_us=9.0 / forks)
 
 
-def test_phases_that_were_faster_by_chance_save_nothing() -> None:
+def test_forks_that_were_faster_by_chance_save_nothing() -> None:
     profile = profile_of(NET_US).model_copy(update={"phase_costs": (phases(100.0, 98.0, W8A8),)})
-    assert fit_latency(profile, ALONE).phases_us == 0.0
+    assert fit_latency(profile, ALONE).fork_us == 0.0
 
 
 def test_an_entry_quicker_than_an_empty_graph_costs_nothing() -> None:
@@ -484,11 +502,9 @@ def test_of_many_missing_operations_ten_are_listed_and_the_rest_counted() -> Non
 
 
 def bytes_of(
-    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision, n_phases: int
+    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
 ) -> tuple[int, int]:
-    """What is in float has a copy per phase."""
-    copies = n_phases if precision == FP32 else 1
-    values = copies * weight_shape[0] * weight_shape[1]
+    values = weight_shape[0] * weight_shape[1]
     return values * precision.weight_bits // 8, values
 
 
@@ -503,14 +519,18 @@ def test_a_layer_is_stored_once_for_every_precision_it_has() -> None:
     assert STORAGE.predict_bytes([one, other]) == (1000 + values + values // 2, 1000 + 2 * values)
     assert STORAGE.predict_bytes([{}]) == (1000 + 4 * values, 1000 + values)
     mixed = STORAGE.predict_bytes([{}, one, {}])
-    assert mixed == (1000 + (2 * 4 + 1) * values, 1000 + (2 + 1) * values)
+    assert mixed == (1000 + (4 + 1) * values, 1000 + 2 * values)
 
 
-def test_every_further_phase_has_nodes_of_its_own() -> None:
+def test_every_further_variant_has_nodes_of_its_own() -> None:
+    """Those of 300 bytes are the nodes of three layers."""
     storage = replace(STORAGE, base_bytes=1300)
     one = dict.fromkeys(WIDTHS, W8A8)
-    first, second = (storage.predict_bytes([one] * n)[0] for n in (1, 2))
-    assert second - first == 300
+    other = one | {"up": FP32}
+    weight = storage.layer_bytes("up", FP32)[0]
+    first, same, second = (storage.predict_bytes([one, *more])[0] for more in ([], [one], [other]))
+    assert first == same
+    assert second - first == weight + 300 // len(WIDTHS)
 
 
 def test_a_table_weighs_what_it_holds_instead_of_its_weights() -> None:

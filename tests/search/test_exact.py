@@ -57,25 +57,24 @@ def try_all(model: Additive) -> Everything:
     for each in model.shared:
         called = np.any([row[:, g] == c for g, c in each.users], 0)
         latency = latency + each.us * called
-    copy = np.sum([model.copies()[g][row[:, g]] for g in groups], 0)
-    damage, total, masks, copied = np.zeros(1), np.zeros(1), np.zeros(1, np.int64), np.zeros(1)
+    damage, total, masks = np.zeros(1), np.zeros(1), np.zeros(1, np.int64)
     for p, phase in enumerate(model.damage):
         mine = np.sum([phase[g][row[:, g]] for g in groups], 0)
         damage = np.add.outer(damage, mine).ravel()
         total = np.add.outer(total, model.shares[p] * latency).ravel()
         masks = np.bitwise_or.outer(masks, used).ravel()
-        copied = np.add.outer(copied, copy).ravel()
-    # The first of equal copies is in the sum of all copies already.
-    sizes = np.concatenate(model.disk_bytes) - np.concatenate(model.copies())
+    sizes = np.concatenate(model.disk_bytes)
     bits = np.arange(2 ** len(sizes))[:, None] >> np.arange(len(sizes)) & 1
-    return Everything(damage, total, (bits @ sizes)[masks] + copied)
+    forks = np.repeat(model.forks(), widths)
+    total = total + (bits @ forks)[masks] - sum(model.forks())
+    return Everything(damage, total, (bits @ sizes)[masks])
 
 
 small = st.integers(0, 20).map(float)
 
 
 @st.composite
-def models(draw: st.DrawFn, *, shared: bool = True) -> Additive:
+def models(draw: st.DrawFn, *, shared: bool = True, forks: bool = True) -> Additive:
     """1-3 phases, 2-4 groups, 2-3 choices; latencies and bytes are whole numbers."""
     widths = draw(st.lists(st.integers(2, 3), min_size=2, max_size=4))
     steps = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3))
@@ -86,15 +85,13 @@ def models(draw: st.DrawFn, *, shared: bool = True) -> Additive:
     cost = st.integers(1, 30).map(float)
     every = [(g, c) for g, width in enumerate(widths) for c in range(width)]
     users = st.frozensets(st.sampled_from(every), min_size=1)
-    disk_bytes = [values(cost, width) for width in widths]
-    copied = [values(st.sampled_from([0.0, 1.0]), width) for width in widths]
     return Additive(
         damage=[[values(small, width) for width in widths] for _ in steps],
         latency_us=[values(cost, width) for width in widths],
-        disk_bytes=disk_bytes,
-        copy_bytes=[a * b for a, b in zip(disk_bytes, copied, strict=True)],
+        disk_bytes=[values(cost, width) for width in widths],
         shares=[n / sum(steps) for n in steps],
         shared=draw(st.lists(st.builds(Shared, cost, users), max_size=3)) if shared else (),
+        fork_us=values(small, len(widths)).tolist() if forks else (),
     )
 
 
@@ -190,7 +187,7 @@ def test_nothing_is_faster_than_the_fastest(model: Additive) -> None:
     assert fastest_us(model) == pytest.approx(try_all(model).latency_us.min())
 
 
-@given(models(shared=False))
+@given(models(shared=False, forks=False))
 def test_the_slowest_is_the_fastest_of_least_damage(model: Additive) -> None:
     everything = try_all(model)
     least = everything.damage.min()
@@ -238,17 +235,16 @@ def test_two_phases_of_one_precision_are_stored_once() -> None:
         assert model.cost(found)[2] <= limit
 
 
-def test_a_copy_per_phase_counts_as_often_as_it_is_there() -> None:
-    damage = [[np.array([0.0, 1.0])]] * 3
-    size, copy = [np.array([8.0, 3.0])], [np.array([8.0, 0.0])]
-    model = Additive(damage, [np.ones(2)], size, [1 / 3] * 3, copy_bytes=copy)
-    assert model.cost([[0], [0], [0]])[2] == 24.0
-    assert model.cost([[0], [1], [0]])[2] == 19.0
-    assert model.cost([[1], [1], [1]])[2] == 3.0
-    for limit, damages in ((24.0, 0.0), (23.0, 1.0), (18.0, 2.0), (10.0, 3.0)):
-        found = optimum(model, budget_us=2.0, max_bytes=limit)
+def test_a_fork_costs_what_it_does_and_counts_from_the_second_choice() -> None:
+    damage = [[np.array([0.0, 1.0])], [np.array([1.0, 0.0])], [np.array([0.0, 1.0])]]
+    model = Additive(damage, [np.ones(2)], [np.ones(2)], [1 / 3] * 3, fork_us=[5.0])
+    assert model.cost([[0], [0], [0]])[1] == pytest.approx(1.0)
+    assert model.cost([[0], [1], [0]])[1] == pytest.approx(6.0)
+    for budget, damages in ((6.1, 0.0), (5.9, 1.0)):
+        found = optimum(model, budget_us=budget)
         assert found is not None
         assert model.cost(found)[0] == damages
+        assert model.cost(found)[1] <= budget
 
 
 def test_no_damage_at_all_is_no_division_by_0() -> None:

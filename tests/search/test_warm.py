@@ -50,13 +50,10 @@ def linear(width: int) -> OpKey:
 NETWORK = NetworkKeys(MODEL, 1, {name: linear(width) for name, width in WIDTHS.items()}, SIBLINGS)
 
 
-def weight_bytes(
-    kind: LayerKind, shape: tuple[int, ...], precision: Precision, n_phases: int
-) -> tuple[int, int]:
-    """Codes and a scale per output channel, float32; what is in float has a copy per phase."""
+def weight_bytes(kind: LayerKind, shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
+    """Codes and a scale per output channel, float32."""
     disk = math.prod(shape) * precision.weight_bits // 8 + 4 * shape[0]
-    copies = n_phases if precision == FP32 else 1
-    return copies * disk, 2 * copies * disk
+    return disk, 2 * disk
 
 
 def pricing_of(
@@ -66,7 +63,7 @@ def pricing_of(
     tie: bool = False,
     quantize_us: float = 0.5,
     base_bytes: int = 1000,
-    phases_us: float = 0.0,
+    fork_us: float = 0.0,
 ) -> Pricing:
     """Layers cost their width to the 1.5; those fed the same tensor quantize it once."""
     layers = tuple(
@@ -88,7 +85,7 @@ def pricing_of(
         for width in WIDTHS.values()
         for precision, share in SHARE_US.items()
     }
-    latency = LatencyModel(NETWORK, net_us, {(1, 16, 16): quantize_us}, 7.0, {}, None, phases_us)
+    latency = LatencyModel(NETWORK, net_us, {(1, 16, 16): quantize_us}, 7.0, {}, None, fork_us)
     storage = StorageModel(NETWORK, weight_bytes, base_bytes, {"time": 96})
     return Pricing(space, latency, storage)
 
@@ -173,7 +170,7 @@ def test_they_are_points_of_the_space() -> None:
     ("share", "disk_share"), [(0.3, None), (None, 0.5), (0.5, 0.5), (0.05, 0.9)]
 )
 def test_optima_keep_the_limits(tie: bool, share: float | None, disk_share: float | None) -> None:
-    pricing = pricing_of(max_phases=2, tie=tie, phases_us=3.0)
+    pricing = pricing_of(max_phases=2, tie=tie, fork_us=3.0)
     most = pricing.price(pricing.space.uniform(FP32))
     fastest, smallest = fastest_plan_us(pricing), least_bytes(pricing)
     limits = Limits(
@@ -194,7 +191,7 @@ def test_optima_keep_the_limits(tie: bool, share: float | None, disk_share: floa
 @pytest.mark.parametrize("n_phases", [1, 2])
 def test_where_damages_add_up_no_candidate_as_fast_does_less(n_phases: int) -> None:
     # Nothing is shared: then latencies add up too.
-    pricing = pricing_of(max_phases=n_phases, quantize_us=0.0, phases_us=2.0)
+    pricing = pricing_of(max_phases=n_phases, quantize_us=0.0, fork_us=2.0)
     found = optima(ladder(pricing, REPORT, limits=Limits(), n=RUNGS))
     others = [
         (pricing.price(each).latency_us, total_damage(pricing, each))
@@ -212,8 +209,8 @@ def test_where_damages_add_up_no_candidate_as_fast_does_less(n_phases: int) -> N
 
 
 def test_phases_that_cost_more_than_they_save_are_none() -> None:
-    def most_phases(phases_us: float) -> int:
-        pricing = pricing_of(max_phases=2, phases_us=phases_us)
+    def most_phases(fork_us: float) -> int:
+        pricing = pricing_of(max_phases=2, fork_us=fork_us)
         found = ladder(pricing, REPORT, limits=Limits(), n=RUNGS)
         return max(len(candidate.starts) for _, candidate in found)
 

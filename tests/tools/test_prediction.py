@@ -25,7 +25,7 @@ from edgeqdm.ir.profile import Flag, KitManifest, LatencyProfile, PhaseCost, Who
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.profile import host
 from edgeqdm.profile.kit import KIT, KitRequest
-from edgeqdm.profile.predict import LatencyModel
+from edgeqdm.profile.predict import LatencyModel, count_forks
 from edgeqdm.profile.requests import full_request
 
 FIELDS = {
@@ -194,7 +194,12 @@ def test_phases_are_predicted_with_what_the_profile_says_they_cost(
     drawn = request.wholes[-3:]
     assert list(request.pairs) == list(itertools.pairwise(drawn))
     sums = [bench.latency.predict_us(first) for first, _ in request.pairs]
-    missing = abs(np.array([(charged - AMONG_US) / (us + AMONG_US) for us in sums]))
+    network = bench.space.network
+    per_fork = charged / count_forks(network, [bench.profile.wholes[0].precisions, {}])
+    forked = [per_fork * count_forks(network, pair) for pair in request.pairs]
+    missing = abs(
+        np.array([(f - AMONG_US) / (us + AMONG_US) for f, us in zip(forked, sums, strict=True)])
+    )
     assert found["pairs"] == 2
     expected = {"mean": float(missing.mean()), "worst": float(missing.max())}
     assert found["at_this_speed"] == pytest.approx(expected, abs=1e-9)

@@ -16,14 +16,15 @@ from onnx import TensorProto, numpy_helper
 
 from edgeqdm import pipeline
 from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
-from edgeqdm.backends.onnxruntime.phases import branches, count_ops, merge_phases
+from edgeqdm.backends.onnxruntime.phases import CHOOSE, DOMAIN, branches, count_ops, fork
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Evaluate, Exportable
 from edgeqdm.emit.package import exportable
-from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.plan import DeploymentPlan, Phase
 from edgeqdm.ir.precision import FP32, W8A8, Precision
 from edgeqdm.models.denoiser import Denoiser
-from edgeqdm.quantize.quantizer import QuantizedDenoiser, phase_network, quantize
+from edgeqdm.profile.opkeys import network_keys
+from edgeqdm.quantize.quantizer import QuantizedDenoiser, assemble, quantize
 from edgeqdm.stages import calibrate, rule_plan
 from edgeqdm.testing.conformance import STEPS, tiny_quantized
 
@@ -65,7 +66,7 @@ class Merged:
 
     @property
     def stored(self) -> list[TensorProto]:
-        return list(self.model.graph.initializer)
+        return [t for graph in graphs(self.model.graph) for t in graph.initializer]
 
     def open(self) -> Evaluate:
         return OnnxRuntimeBackend().open(self.folder)
@@ -88,13 +89,20 @@ def merged(denoiser: Denoiser, tmp_path_factory: pytest.TempPathFactory) -> Merg
     return Merged(quantized, package, onnx.load(package / GRAPH))
 
 
+def alone(quantized: QuantizedDenoiser, phase: Phase) -> QuantizedDenoiser:
+    """A plan that has this phase at all steps, with the codes and scales that are there."""
+    whole = phase.model_copy(update={"start": 0, "stop": quantized.plan.n_steps})
+    plan = quantized.plan.model_copy(update={"phases": (whole,)})
+    return assemble(quantized.denoiser, plan, quantized.parameters)
+
+
 @pytest.fixture(scope="module")
 def apart(merged: Merged, tmp_path_factory: pytest.TempPathFactory) -> list[Merged]:
     """A graph for each phase."""
     found, inputs = [], exportable(merged.quantized).inputs
     for p, phase in enumerate(merged.quantized.plan.phases):
         folder = tmp_path_factory.mktemp("apart") / str(p)
-        network = phase_network(merged.quantized, phase)
+        network = alone(merged.quantized, phase).network
         found.append(Merged(merged.quantized, folder, write(Exportable(network, inputs), folder)))
     return found
 
@@ -105,8 +113,8 @@ def fed(denoiser: Denoiser, n: int = 3) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    """The graph and all branches of it."""
-    return [graph, *branches(graph)]
+    """The graph and all branches of it, however deep."""
+    return [graph, *(each for branch in branches(graph) for each in graphs(branch))]
 
 
 def contents(*models: onnx.ModelProto) -> dict[tuple[int, tuple[int, ...], bytes], int]:
@@ -146,19 +154,6 @@ def test_phases_differ_so_that_one_could_not_stand_for_another(
         outputs = [alone.open()(x, step, labels) for alone in apart]
         for one, other in ((0, 1), (0, 2), (1, 2)):
             assert np.abs(outputs[one] - outputs[other]).max() > 1e-3
-
-
-def test_the_network_of_a_phase_is_the_whole_one_at_its_steps(
-    denoiser: Denoiser, merged: Merged
-) -> None:
-    x, labels = (torch.from_numpy(each) for each in fed(denoiser))
-    with torch.no_grad():
-        for phase in merged.quantized.plan.phases:
-            alone = phase_network(merged.quantized, phase)
-            for step in range(phase.start, phase.stop):
-                index = torch.tensor(step)
-                expected = merged.quantized.network(x, index, labels)
-                assert torch.equal(alone(x, index, labels), expected)
 
 
 @pytest.mark.usefixtures("exact_kernels")
@@ -205,15 +200,22 @@ def test_kernels_are_those_of_the_phase_with_most(merged: Merged) -> None:
     assert len(plan.phases[1].integer_layers()) == 0
 
 
-def test_branches_of_a_phase_run_the_kernels_of_the_phase_alone(
-    merged: Merged, apart: list[Merged]
-) -> None:
-    together, alone = (
+def test_integer_kernels_are_those_of_that_phase_alone(merged: Merged, apart: list[Merged]) -> None:
+    together, first = (
         OnnxRuntimeBackend().count_kernels(each.folder).by_name for each in (merged, apart[0])
     )
     assert {k: n for k, n in together.items() if "Integer" in k or "QLinear" in k} == {
-        k: n for k, n in alone.items() if "Integer" in k or "QLinear" in k
+        k: n for k, n in first.items() if "Integer" in k or "QLinear" in k
     }
+
+
+def test_a_fork_chooses_what_the_plan_says(denoiser: Denoiser, merged: Merged) -> None:
+    """At every step; layers that are fed the same tensor fork together."""
+    network = network_keys(denoiser)
+    planned = set(merged.quantized.plan.phases[0].integer_layers())
+    forks = [n for n in merged.model.graph.node if n.op_type == "If"]
+    assert len(forks) == len({network.fed_with(layer) for layer in planned}) < len(planned)
+    assert sum(len(fork.output) for fork in forks) == len(planned)
 
 
 def test_weights_of_4_bits_are_stored_in_4(merged: Merged) -> None:
@@ -229,69 +231,107 @@ def test_weights_of_4_bits_are_stored_in_4(merged: Merged) -> None:
     assert sum(len(t.raw_data) for t in narrow) == sum(-(-c.numel() // 2) for c in codes)
 
 
-def convolved(graph: onnx.GraphProto) -> set[str]:
-    """Names of the weights and biases of float convolutions."""
-    return {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]}
-
-
-def test_a_tensor_is_stored_once_and_outside_all_branches(merged: Merged) -> None:
-    """But those of float convolutions, and the steps at which later phases begin."""
-    outer, *inner = graphs(merged.model.graph)
-    shared = [t for graph in (outer, *inner) for t in graph.initializer]
-    copied = [t for branch in inner for t in branch.initializer if t.name in convolved(branch)]
-    for branch in inner:
-        others = [t for t in branch.initializer if t.name not in convolved(branch)]
-        assert all(int(np.prod(t.dims)) == 1 for t in others)
-    again = len(copied) - len({content(t) for t in copied})
-    assert len(contents(merged.model)) == len(shared) - again
+def read_by(graph: onnx.GraphProto, *kinds: str) -> set[str]:
+    """Names of the tensors that nodes of some kinds read."""
+    return {name for node in graph.node if node.op_type in kinds for name in node.input[1:]}
 
 
 def test_a_float_convolution_has_its_weight_in_its_branch(merged: Merged) -> None:
     """Only there can the runtime block it by channels."""
     outer, *inner = graphs(merged.model.graph)
-    assert not convolved(outer)
-    assert sum(bool(convolved(branch)) for branch in inner) == STEPS
-    for branch in inner:
-        assert convolved(branch) <= {t.name for t in branch.initializer}
+    ends = read_by(outer, "Conv")
+    convolved = [branch for branch in inner if read_by(branch, "Conv")]
+    assert len(ends) == 4
+    assert len(convolved) > 4
+    for branch in convolved:
+        assert read_by(branch, "Conv") <= {tensor.name for tensor in branch.initializer}
 
 
-def test_no_fork_is_inside_another_one(merged: Merged) -> None:
-    """Two levels down the runtime would not pack the outer weights."""
+def test_what_phases_have_in_common_is_not_in_a_branch(merged: Merged) -> None:
     outer, *inner = graphs(merged.model.graph)
-    assert sum(node.op_type == "If" for node in outer.node) == STEPS
-    assert all(node.op_type != "If" for branch in inner for node in branch.node)
+    common = {"InstanceNormalization", "Softmax", "Concat", "Resize"}
+    assert {node.op_type for node in outer.node} >= common
+    assert not {node.op_type for branch in inner for node in branch.node} & common
 
 
-@pytest.mark.parametrize("starts", [(0, 1), (0, 2, 3), (0, 1, 2, 5, 9)])
-def test_every_step_is_computed_by_its_phase(starts: tuple[int, ...]) -> None:
-    """Also where the output has more channels than the sample, as with a learned variance."""
+def choosing(of_step: Sequence[int], addends: Sequence[NDArray[np.float32]]) -> onnx.ModelProto:
+    """x + a and 2 x + a, fed alike, with a chosen by the step; the sum of both."""
+    n = max(of_step) + 1
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    tensors = [numpy_helper.from_array(a, f"a{v}") for v, a in enumerate(addends)]
+    nodes = []
+    for v in range(n):
+        name = tensors[v % len(tensors)].name
+        nodes.append(make("Add", ["sample", name], [f"once{v}"], f"once{v}"))
+        nodes.append(make("Add", ["sample", "sample"], [f"double{v}"], f"double{v}"))
+        nodes.append(make("Add", [f"double{v}", name], [f"twice{v}"], f"twice{v}"))
+    for what in ("once", "twice"):
+        outputs = [f"{what}{v}" for v in range(n)]
+        given = ["sample", "step", *outputs]
+        nodes.append(make(CHOOSE, given, [what], what, domain=DOMAIN, of_step=list(of_step)))
+    nodes.append(make("Add", ["once", "twice"], ["output"], "sum"))
+    graph = onnx.helper.make_graph(
+        nodes,
+        "choosing",
+        [value("sample", 1, ["batch", len(addends[0])]), value("step", TensorProto.INT64, [])],
+        [value("output", 1, ["batch", len(addends[0])])],
+        tensors,
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(DOMAIN, 1)]
+    return onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets)
 
-    def phase(k: int) -> onnx.ModelProto:
-        addend = numpy_helper.from_array(np.array(k, np.float32), "addend")
-        nodes = [
-            onnx.helper.make_node("Concat", ["sample", "sample"], ["both"], "concat", axis=1),
-            onnx.helper.make_node("Add", ["both", "addend"], ["output"], "add"),
-        ]
-        value = onnx.helper.make_tensor_value_info
-        graph = onnx.helper.make_graph(
-            nodes,
-            "phase",
-            [value("sample", 1, ["batch", 2]), value("step", TensorProto.INT64, [])],
-            [value("output", 1, ["batch", 4])],
-            [addend],
-        )
-        return onnx.helper.make_model(
-            graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)]
-        )
 
-    model = merge_phases([(start, phase(k)) for k, start in enumerate(starts)])
+OF_STEP = [(0, 1), (0, 1, 0), (0, 0, 1, 2), (1, 2, 0, 0, 3, 1)]
+
+
+@pytest.mark.parametrize("of_step", OF_STEP)
+@pytest.mark.parametrize("width", [3, 5000], ids=["small", "large"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_step_is_computed_by_its_variant(
+    of_step: tuple[int, ...], width: int, shared: bool
+) -> None:
+    n = 1 if shared else max(of_step) + 1
+    addends = [np.full(width, k + 1, np.float32) for k in range(n)]
+    model = fork(choosing(of_step, addends))
     onnx.checker.check_model(model, full_check=True)
+    forks = [node for node in model.graph.node if node.op_type == "If"]
+    assert [len(node.output) for node in forks] == [2]
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    x = np.arange(6, dtype=np.float32).reshape(3, 2)
-    for step in range(starts[-1] + 2):
-        k = sum(start <= step for start in starts) - 1
+    x = np.arange(2 * width, dtype=np.float32).reshape(2, width)
+    for step, variant in enumerate(of_step):
         (found,) = session.run(None, {"sample": x, "step": np.array(step, np.int64)})
-        np.testing.assert_array_equal(found, np.concatenate([x, x], 1) + k)
+        np.testing.assert_array_equal(found, 3 * x + 2 * (1 if shared else variant + 1))
+
+
+def test_a_large_tensor_of_both_branches_is_stored_once() -> None:
+    addend = np.arange(5000, dtype=np.float32)
+    outer, *inner = graphs(fork(choosing((0, 1), [addend])).graph)
+    assert [tensor.name for tensor in outer.initializer if tensor.data_type == 1] == ["a0"]
+    assert not any(branch.initializer for branch in inner)
+    # Two levels down it would not be packed.
+    outer, *inner = graphs(fork(choosing((0, 1, 2), [addend])).graph)
+    assert sum(len(branch.initializer) for branch in inner) == 2
+
+
+def test_a_large_tensor_of_one_branch_stands_outside() -> None:
+    """The runtime would keep a second copy."""
+    addends = [np.full(5000, k, np.float32) for k in range(2)]
+    outer, *inner = graphs(fork(choosing((0, 1), addends)).graph)
+    assert {t.name for t in outer.initializer if t.data_type == 1} == {"a0", "a1"}
+    assert not any(branch.initializer for branch in inner)
+
+
+def test_a_small_tensor_of_both_branches_is_in_both() -> None:
+    outer, *inner = graphs(fork(choosing((0, 1), [np.ones(3, np.float32)])).graph)
+    assert not [tensor for tensor in outer.initializer if tensor.data_type == 1]
+    assert [len(branch.initializer) for branch in inner] == [1, 1]
+
+
+def test_the_variant_of_most_steps_is_decided_first() -> None:
+    addends = [np.full(3, k, np.float32) for k in range(3)]
+    (made,) = [n for n in fork(choosing((0, 2, 2, 1), addends)).graph.node if n.op_type == "If"]
+    first = next(a.g for a in made.attribute if a.name == "then_branch")
+    assert {float(numpy_helper.to_array(t)[0]) for t in first.initializer} == {2.0}
 
 
 def test_names_are_defined_once(merged: Merged) -> None:
@@ -303,38 +343,44 @@ def test_names_are_defined_once(merged: Merged) -> None:
     assert len(defined) == len(set(defined))
 
 
-def test_equal_phases_store_what_one_stores(apart: list[Merged]) -> None:
-    """But for two numbers: the steps at which the others begin."""
-    one = apart[0].model
-    three = merge_phases([(step, one) for step in range(STEPS)])
-    assert sum(contents(three).values()) <= sum(contents(one).values()) + 2 * 8
-    stored = sum(len(t.raw_data) for graph in graphs(three.graph) for t in graph.initializer)
-    assert stored < 1.1 * sum(len(t.raw_data) for t in one.graph.initializer)
-
-
-def test_a_package_stores_what_its_phases_store_and_nothing_twice(
+def test_a_package_stores_what_its_phases_store_and_nothing_large_twice(
     merged: Merged, apart: list[Merged]
 ) -> None:
-    alone = contents(*(each.model for each in apart))
-    starts = [numpy_helper.from_array(np.array(start, np.int64)) for start in (1, 2)]
-    alone |= {(t.data_type, (), numpy_helper.to_array(t).tobytes()): 8 for t in starts}
-    assert contents(merged.model) == alone
+    expected = contents(*(each.model for each in apart))
+    tables = [t for t in merged.stored if t.data_type == TensorProto.BOOL]
+    expected |= {content(t): numpy_helper.to_array(t).nbytes for t in tables}
+    # A variant has its scales at the steps that use it, and each graph alone has them all.
+    assert contents(merged.model) == expected
+    again = sum(numpy_helper.to_array(t).nbytes for t in merged.stored) - sum(
+        numpy_helper.to_array(t).nbytes for t in {content(t): t for t in merged.stored}.values()
+    )
+    assert again < 0.05 * sum(expected.values())
 
 
 def test_one_phase_is_left_as_it_is(apart: list[Merged]) -> None:
-    assert merge_phases([(0, apart[0].model)]) is apart[0].model
+    assert fork(apart[0].model) is apart[0].model
 
 
-def test_ops_are_counted_in_the_branch_with_most_of_them() -> None:
+def test_ops_are_counted_at_the_step_that_runs_most_of_them() -> None:
     def branch(n: int) -> onnx.GraphProto:
         nodes = [onnx.helper.make_node("Conv", ["x", "w"], [f"y{k}"]) for k in range(n)]
         return onnx.GraphProto(node=nodes, name=str(n))
 
-    fork = onnx.helper.make_node("If", ["early"], ["y"])
-    for name, n in (("then_branch", 2), ("else_branch", 3)):
-        fork.attribute.append(onnx.helper.make_attribute(name, branch(n)))
-    graph = onnx.GraphProto(node=[*branch(1).node, fork], name="outer")
-    assert count_ops(graph, ("Conv", "Gemm")) == {"Conv": 4, "Gemm": 0}
+    def made(condition: str, there: int, otherwise: int) -> onnx.NodeProto:
+        node = onnx.helper.make_node("If", [condition], ["y"])
+        for name, n in (("then_branch", there), ("else_branch", otherwise)):
+            node.attribute.append(onnx.helper.make_attribute(name, branch(n)))
+        return node
+
+    tables = {"early": [True, False, False], "late": [False, False, True]}
+    gathers = [onnx.helper.make_node("Gather", [f"t/{k}", "step"], [k]) for k in tables]
+    graph = onnx.GraphProto(
+        node=[*branch(1).node, *gathers, made("early", 4, 1), made("late", 3, 2)],
+        initializer=[numpy_helper.from_array(np.array(t), f"t/{k}") for k, t in tables.items()],
+        name="outer",
+    )
+    # 1 + 4 + 2 at the first step; 1 + 1 + 3 at the last.
+    assert count_ops(graph, ("Conv", "Gemm")) == {"Conv": 7, "Gemm": 0}
 
 
 @pytest.mark.usefixtures("exact_kernels")
@@ -343,10 +389,3 @@ def test_a_package_of_phases_verifies(merged: Merged) -> None:
     assert found.planned == found.kernels.integer == merged.quantized.plan.n_integer_layers
     assert found.manifest.integer_layers == found.planned
     assert max(found.deviation) <= playback.GOLDEN_SHARE
-
-
-def test_a_package_holds_the_graphs_of_its_phases_merged(
-    merged: Merged, apart: list[Merged]
-) -> None:
-    expected = merge_phases([(step, alone.model) for step, alone in enumerate(apart)])
-    assert merged.model.graph == expected.graph

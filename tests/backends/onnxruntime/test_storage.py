@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
 from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
-from edgeqdm.backends.onnxruntime.phases import branches, merge_phases
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import Exportable
 from edgeqdm.errors import UnsupportedError
@@ -98,25 +97,6 @@ def test_weight_bytes_are_those_of_the_emitted_graph(key: OpKey, precision: Prec
         on_disk,
         resident,
     )
-
-
-@pytest.mark.parametrize(("key", "precision"), CASES, ids=lambda value: str(value))
-def test_more_phases_add_the_bytes_of_the_merged_graph(key: OpKey, precision: Precision) -> None:
-    alone = emitted(one_layer(key, precision), key)
-    starts = (0, 1, 2)
-    merged = merge_phases([(start, alone) for start in starts])
-    more = sum(
-        stored_bytes(tensor)
-        for graph in [merged.graph, *branches(merged.graph)]
-        for tensor in graph.initializer
-    )
-    more -= sum(map(stored_bytes, alone.graph.initializer))
-    one, three = (weight_bytes(key.kind, key.weight_shape, precision, n) for n in (1, 3))
-    # The bias goes with the weight, and every further phase has the step it begins at.
-    beside = 4 * key.weight_shape[0] if key.bias and three[0] > one[0] else 0
-    assert more == three[0] - one[0] + 2 * (beside + 8)
-    packed_anew = precision.integer and key.kind is LayerKind.CONV2D
-    assert (three[1] > one[1]) == (three[0] > one[0] or packed_anew)
 
 
 def test_fewer_bits_never_take_more_bytes_on_disk() -> None:
