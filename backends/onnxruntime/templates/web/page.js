@@ -3,18 +3,29 @@
 const $ = (id) => document.getElementById(id);
 const PACKAGE = new URL("../../", import.meta.url);
 const MOST_CHIPS = 20;
+const CANCELLED = "cancelled";
 const query = new URLSearchParams(location.search);
-const ort = new URL(`${query.get("ort") ?? "ort"}/`.replace(/\/+$/, "/"), document.baseURI);
 
 let worker = null;
 let pending = null;
 
+// The folder of onnxruntime-web. A link must not be able to run another server's code in the name
+// of this one; on the reader's own machine it may.
+function ortFolder() {
+  const folder = new URL(`${query.get("ort") ?? "ort"}/`.replace(/\/+$/, "/"), document.baseURI);
+  if (folder.origin === location.origin) return folder;
+  if (["localhost", "127.0.0.1", "[::1]"].includes(location.hostname)) return folder;
+  throw new Error(`?ort=${folder} is on another server: only a page on localhost takes that`);
+}
+
 // A worker with the package open; resolves to what there is to say of the package.
-function start() {
+async function start() {
+  const ort = ortFolder();
   worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
   worker.onmessage = ({ data }) => {
-    if ("step" in data) return pending.onStep?.(data.step, data.picture);
-    return "error" in data ? pending.reject(new Error(data.error)) : pending.resolve(data);
+    if ("step" in data) pending.onStep?.(data.step, data.picture);
+    else if ("error" in data) pending.reject(new Error(data.error));
+    else pending.resolve(data);
   };
   worker.onerror = (event) => {
     event.preventDefault();
@@ -33,24 +44,29 @@ function ask(message, onStep) {
 let opening = start();
 let busy = false;
 
-// Draws samples: options {seed, label, count, embedding}, texts but for the bytes of a .npy file.
-// Resolves to {latents: Float32Array, shape, picture: {data: RGBA, width, height}}.
-async function sample(options, onStep) {
-  if (busy) throw new Error("samples are being drawn already");
+async function request(message, onStep) {
+  if (busy) throw new Error("the page is at work already");
   busy = true;
   try {
     await opening;
-    return (await ask({ sample: options }, onStep)).done;
+    return (await ask(message, onStep)).done;
   } finally {
     busy = false;
   }
 }
 
-// Ends what `sample` does, which then rejects.
+// Draws samples: options {seed, label, count, embedding}, texts but for the bytes of a .npy file.
+// Resolves to {latents: Float32Array, shape, picture: {data: RGBA, width, height}}.
+const sample = (options, onStep) => request({ sample: options }, onStep);
+
+// Replays the golden run; resolves to {passed, deviation [S], sampler}.
+const selfTest = (onStep) => request({ selfTest: true }, onStep);
+
+// Ends what the page does; that then rejects.
 function cancel() {
   if (!busy) return;
   worker.terminate();
-  pending.reject(new Error("cancelled"));
+  pending.reject(new Error(CANCELLED));
   opening = start();
   opening.catch(report);
 }
@@ -68,50 +84,68 @@ function show({ data, width, height }) {
   canvas.hidden = false;
 }
 
-function options(embedding) {
-  const { label, count, seed } = Object.fromEntries(new FormData($("form")));
-  return { label: label || null, count: count || null, seed: seed || "0", embedding };
-}
+const given = (id) => $(id).value.trim() || null;
 
-async function readEmbedding() {
+async function options() {
   const [file] = $("embedding").files;
-  return file ? new Uint8Array(await file.arrayBuffer()) : null;
+  return {
+    label: given("label"),
+    count: given("count"),
+    seed: given("seed") ?? "0",
+    embedding: file ? new Uint8Array(await file.arrayBuffer()) : null,
+  };
 }
 
 function setRunning(running) {
-  $("sample").disabled = $("fields").disabled = running;
+  for (const id of ["sample", "fields", "test"]) $(id).disabled = running;
   $("cancel").disabled = !running;
   $("download").disabled = running || $("picture").hidden;
 }
 
-async function press() {
-  const { steps } = (await opening).about;
+// Shows how far `task` is, and in the end what `say` makes of its result.
+async function follow(task, say) {
   const started = performance.now();
   $("error").textContent = "";
   $("status").textContent = "Loading the network";
   $("progress").value = 0;
   setRunning(true);
-  let first = started;
+  let first;
   try {
-    const { picture, shape } = await sample(options(await readEmbedding()), (step, partial) => {
-      // The first step has loaded the network too: it says nothing about the others.
+    const { steps } = (await opening).about;
+    const result = await task((step, partial) => {
+      // The first step has waited for the network to load: it says nothing of the others.
       if (step === 0) first = performance.now();
-      const left = ((performance.now() - first) / step) * (steps - 1 - step) / 1000;
-      $("progress").value = (step + 1) / steps;
+      const left = (((performance.now() - first) / step) * (steps - 1 - step)) / 1000;
       const remaining = step === 0 ? "" : `, ${left.toFixed(left < 10 ? 1 : 0)} s left`;
+      $("progress").value = (step + 1) / steps;
       $("status").textContent = `Step ${step + 1}/${steps}${remaining}`;
-      show(partial);
+      if (partial) show(partial);
     });
-    show(picture);
-    const seconds = (performance.now() - started) / 1000;
-    $("status").textContent = `${shape[0]} images in ${seconds.toFixed(1)} s`;
+    $("status").textContent = say(result, ((performance.now() - started) / 1000).toFixed(1));
   } catch (error) {
-    $("status").textContent = "";
-    report(error);
+    const cancelled = error.message === CANCELLED;
+    $("status").textContent = cancelled ? "Cancelled" : "";
+    if (!cancelled) report(error);
   } finally {
     setRunning(false);
   }
 }
+
+const press = () =>
+  follow(
+    async (onStep) => sample(await options(), onStep),
+    ({ picture, shape: [count] }, seconds) => {
+      show(picture);
+      return `${count} image${count > 1 ? "s" : ""} in ${seconds} s`;
+    },
+  );
+
+const pressTest = () =>
+  follow(selfTest, ({ passed, deviation }, seconds) => {
+    if (!passed) throw new Error("self-test failed: outputs differ from the golden run");
+    const most = Math.max(...deviation).toFixed(2);
+    return `Self-test passed in ${seconds} s: at most ${most} of the quantization noise`;
+  });
 
 function download() {
   $("picture").toBlob((blob) => {
@@ -161,15 +195,16 @@ function describe({ name, sampler, steps, bytes, conditioning, labelNames, hashe
 
 $("form").onsubmit = (event) => {
   event.preventDefault();
-  press().catch(report);
+  press();
 };
+$("test").onclick = pressTest;
 $("cancel").onclick = cancel;
 $("download").onclick = download;
 window.addEventListener("unhandledrejection", (event) => {
   event.preventDefault();
   report(event.reason);
 });
-window.edgeqdm = { sample, cancel };
+window.edgeqdm = { sample, selfTest, cancel };
 try {
   describe((await opening).about);
   setRunning(false);

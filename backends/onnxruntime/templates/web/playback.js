@@ -6,6 +6,12 @@
 import { INITIAL_STREAM, batchNormal, stepStream } from "./philox.js";
 import { readTable, run } from "./solver.js";
 
+// Of the self-test, as in runtime/python/playback.py, which gives the reasons.
+export const GOLDEN_SHARE = 1.5;
+export const SAMPLER_TOLERANCE = 1e-4;
+const FLOAT_NOISE = 1e-5;
+const GOLDEN_SEED = 0x5eed;
+
 // A package or an argument cannot be used; the message says which and why.
 export class PlaybackError extends Error {}
 
@@ -21,18 +27,21 @@ export function openPlayer(schedule, extra) {
     sampleShape: schedule.sample_shape,
     labelNames: schedule.label_names,
     nullEmbedding: extra && readSafetensors(extra, "conditioning.safetensors").null.data,
+    goldenNoiseRms: schedule.golden_noise_rms,
   };
 }
 
-// The tensors of a small safetensors file, {name: {data: Float32Array, shape}}.
+const STORED = { F32: Float32Array, I64: BigInt64Array };
+
+// The tensors of a small safetensors file, {name: {data, shape}}.
 export function readSafetensors(bytes, name) {
   try {
     const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
     const start = 8 + Number(view.getBigUint64(0, true));
     const { __metadata__: _, ...header } = JSON.parse(new TextDecoder().decode(bytes.slice(8, start)));
     const tensors = Object.entries(header).map(([key, { dtype, shape, data_offsets: [from, to] }]) => {
-      if (dtype !== "F32") throw new TypeError(`${key} is ${dtype}`);
-      return [key, { data: new Float32Array(bytes.slice(start + from, start + to).buffer), shape }];
+      if (!(dtype in STORED)) throw new TypeError(`${key} is ${dtype}`);
+      return [key, { data: new STORED[dtype](bytes.slice(start + from, start + to).buffer), shape }];
     });
     return Object.fromEntries(tensors);
   } catch (error) {
@@ -168,6 +177,44 @@ export async function sample(player, evaluate, { count, conditioning }, seed, on
   const noise = (step) => batchNormal(seed, stepStream(step), count, size);
   const initial = batchNormal(seed, INITIAL_STREAM, count, size);
   return run(player.table, predict, initial, noise, shape, onStep);
+}
+
+// Replays the golden run: the network step by step on golden inputs, then the sampler on golden
+// outputs. `golden` is that of golden.safetensors; onStep: async, is told each step. Returns
+// {passed, deviation [S] as a share of the quantization noise, sampler}.
+export async function selfTest(player, evaluate, golden, onStep) {
+  const { inputs, outputs, samples, initial, conditioning = null } = golden;
+  const { steps } = player.table, [count] = initial.shape, size = product(player.sampleShape);
+  const at = ({ data }, step) => data.subarray(step * (data.length / steps), (step + 1) * (data.length / steps));
+  const rms = (x) => Math.sqrt(x.reduce((all, value) => all + value * value, 0) / x.length);
+  const deviation = [];
+  for (let step = 0; step < steps; step++) {
+    const f = await guided(player, evaluate, at(inputs, step), count, step, conditioning);
+    const expected = Float64Array.from(at(outputs, step));
+    const floor = Math.max(FLOAT_NOISE * rms(expected), 1e-30);
+    const error = rms(expected.map((value, k) => f[k] - value));
+    deviation.push(error / Math.max(player.goldenNoiseRms[step], floor));
+    await onStep?.(step);
+  }
+  const largest = (x) => x.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  const normal = (stream) => batchNormal(GOLDEN_SEED, stream, count, size);
+  const drawn = normal(INITIAL_STREAM);
+  let off = largest(drawn.map((value, k) => value - initial.data[k]));
+  await run(
+    player.table,
+    async (_, step) => at(outputs, step),
+    drawn,
+    (step) => normal(stepStream(step)),
+    initial.shape,
+    (step, x) => {
+      const expected = at(samples, step);
+      off = Math.max(off, largest(x.map((value, k) => value - expected[k])));
+    },
+  );
+  const sampler = off / Math.max(1, largest(samples.data));
+  // A comparison with NaN is false.
+  const passed = deviation.every((share) => share <= GOLDEN_SHARE) && sampler <= SAMPLER_TOLERANCE;
+  return { passed, deviation, sampler };
 }
 
 // Half to even, of a value that is not negative.

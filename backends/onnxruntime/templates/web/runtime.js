@@ -1,7 +1,8 @@
 // Opens a package over HTTP and runs its network with onnxruntime-web. Everything here works in a
 // page and in a worker alike.
 
-import { PlaybackError, choose, decode, openPlayer, readNpy, sample, sheet } from "./playback.js";
+import * as playback from "./playback.js";
+import { PlaybackError } from "./playback.js";
 
 const FORMAT = "edgeqdm-package";
 const SCHEMA_VERSION = 1;
@@ -19,8 +20,10 @@ export function describe(error) {
   return expected ? text : `internal: ${error?.name ?? "error"}: ${text}`;
 }
 
-async function read(base, name) {
-  const url = new URL(name, base);
+// The version makes a file of another version another address: what a browser or a proxy has kept
+// of a package that has been replaced is not taken for the new one.
+async function read(base, name, version) {
+  const url = new URL(`${name}?${version}`, base);
   let reason;
   try {
     const response = await fetch(url, { cache: "no-cache" });
@@ -29,7 +32,7 @@ async function read(base, name) {
   } catch (error) {
     reason = error.message;
   }
-  throw new PlaybackError(`${url} cannot be read: ${reason} - serve the whole package folder`);
+  throw new PlaybackError(`${name} cannot be read: ${reason} - serve the whole package folder`);
 }
 
 async function sha256(bytes) {
@@ -47,7 +50,7 @@ function parseJson(bytes, name) {
 }
 
 async function readManifest(base) {
-  const { text, value } = parseJson(await read(base, "manifest.json"), "manifest.json");
+  const { text, value } = parseJson(await read(base, "manifest.json", Date.now()), "manifest.json");
   if (value?.format !== FORMAT) throw new PlaybackError("manifest.json is not that of a package");
   if (value.schema_version !== SCHEMA_VERSION) {
     throw new PlaybackError(
@@ -70,7 +73,7 @@ async function readManifest(base) {
 async function readChecked(base, manifest, name) {
   const listed = manifest.files?.[name];
   if (!listed) throw new PlaybackError(`package is damaged: ${name} (not in the manifest)`);
-  const bytes = await read(base, name);
+  const bytes = await read(base, name, listed.sha256);
   if (bytes.length !== listed.size) throw new PlaybackError(`package is damaged: ${name} (size)`);
   if (crypto.subtle && (await sha256(bytes)) !== listed.sha256) {
     throw new PlaybackError(`package is damaged: ${name} (changed)`);
@@ -135,15 +138,15 @@ async function openNetwork(ort, model) {
   };
 }
 
-// Opens the package at `base` (a URL); the network and onnxruntime-web (folder URL `ort`) are read
-// when the first samples are drawn. Returns {about, sample}.
+// Opens the package at `base` (a URL); the network and onnxruntime-web (folder URL `ort`) are read the
+// first time they are needed. Returns {about, sample, selfTest}.
 export async function openPackage(base, ort) {
   const manifest = await readManifest(base);
   const { value: schedule } = parseJson(await readChecked(base, manifest, "schedule.json"), "schedule.json");
   const extra = "conditioning.safetensors" in manifest.files
     ? await readChecked(base, manifest, "conditioning.safetensors")
     : null;
-  const player = openPlayer(schedule, extra);
+  const player = playback.openPlayer(schedule, extra);
   const about = {
     name: manifest.model.name,
     sampler: schedule.program.sampler,
@@ -155,20 +158,29 @@ export async function openPackage(base, ort) {
   };
   let network = null;
 
+  async function opened() {
+    network ??= await openNetwork(await openOrt(ort), await readChecked(base, manifest, "model.onnx"));
+    return (x, count, step, conditioning) =>
+      network(x, count, step, conditioning, player.sampleShape);
+  }
+
   // Options are texts as run.py takes them: seed, label, count; `embedding` holds the bytes of a
   // .npy file. onStep: async, is told (step, sheet of the sample after it). Returns {latents,
   // shape, picture}.
-  async function draw({ seed = 0, embedding = null, ...wanted }, onStep) {
-    const array = embedding && readNpy(embedding, "the embedding");
-    const chosen = choose(player, { ...wanted, embedding: array });
-    const picture = (samples) => sheet(decode(player, samples), COLUMNS);
-    network ??= await openNetwork(await openOrt(ort), await readChecked(base, manifest, "model.onnx"));
-    const evaluate = (x, count, step, conditioning) =>
-      network(x, count, step, conditioning, player.sampleShape);
-    const latents = await sample(player, evaluate, chosen, seed, (step, samples) =>
-      onStep?.(step, picture(samples)),
-    );
+  async function sample({ seed = 0, embedding = null, ...wanted }, onStep) {
+    const array = embedding && playback.readNpy(embedding, "the embedding");
+    const chosen = playback.choose(player, { ...wanted, embedding: array });
+    const picture = (samples) => playback.sheet(playback.decode(player, samples), COLUMNS);
+    const seen = (step, samples) => onStep?.(step, picture(samples));
+    const latents = await playback.sample(player, await opened(), chosen, seed, seen);
     return { latents, shape: [chosen.count, ...player.sampleShape], picture: picture(latents) };
   }
-  return { about, sample: draw };
+
+  // Replays the golden run, see playback.js; onStep is told each step.
+  async function selfTest(onStep) {
+    const name = "golden.safetensors";
+    const golden = playback.readSafetensors(await readChecked(base, manifest, name), name);
+    return playback.selfTest(player, await opened(), golden, onStep);
+  }
+  return { about, sample, selfTest };
 }
