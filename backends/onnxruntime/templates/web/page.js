@@ -29,7 +29,7 @@ async function start() {
   };
   worker.onerror = (event) => {
     event.preventDefault();
-    pending?.reject(new Error(`worker.js does not run: ${event.message ?? "cannot be read"}`));
+    pending?.reject(new Error(`worker.js does not run: ${event.message || "cannot be read"}`));
   };
   return ask({ open: { base: PACKAGE.href, ort: ort.href } });
 }
@@ -148,13 +148,10 @@ const pressTest = () =>
   });
 
 function download() {
-  $("picture").toBlob((blob) => {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = "samples.png";
-    link.click();
-    URL.revokeObjectURL(link.href);
-  });
+  const link = document.createElement("a");
+  link.href = $("picture").toDataURL("image/png");
+  link.download = "samples.png";
+  link.click();
 }
 
 // Buttons that put a label into the text field, or take it out again.

@@ -3,6 +3,7 @@
 
 import * as playback from "./playback.js";
 import { PlaybackError } from "./playback.js";
+import { parseSeed } from "./philox.js";
 
 const FORMAT = "edgeqdm-package";
 const SCHEMA_VERSION = 1;
@@ -10,6 +11,8 @@ const ORT_VERSION = [1, 30];
 const ORT_MODULE = "ort.wasm.min.mjs";
 const ORT_FILES = [ORT_MODULE, "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"];
 const MAX_THREADS = 4;
+// Threads whose files the server sends without the headers of isolation never start.
+const ORT_START_MS = 120_000;
 const COLUMNS = 10;
 
 // The line that a user reads of any failure.
@@ -105,6 +108,7 @@ async function openOrt(folder) {
     );
   }
   ort.env.wasm.wasmPaths = folder.href;
+  ort.env.wasm.initTimeout = ORT_START_MS;
   // Threads share memory, which browsers grant to cross-origin isolated pages only.
   const cores = navigator.hardwareConcurrency || 1;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(cores, MAX_THREADS) : 1;
@@ -138,14 +142,14 @@ async function openNetwork(ort, model) {
   };
 }
 
-// Opens the package at `base` (a URL); the network and onnxruntime-web (folder URL `ort`) are read the
-// first time they are needed. Returns {about, sample, selfTest}.
+// Opens the package at `base` (a URL); the network and onnxruntime-web (folder URL `ort`) are read
+// the first time they are needed. Returns {about, sample, selfTest}.
 export async function openPackage(base, ort) {
   const manifest = await readManifest(base);
-  const { value: schedule } = parseJson(await readChecked(base, manifest, "schedule.json"), "schedule.json");
-  const extra = "conditioning.safetensors" in manifest.files
-    ? await readChecked(base, manifest, "conditioning.safetensors")
-    : null;
+  const checked = (name) => readChecked(base, manifest, name);
+  const { value: schedule } = parseJson(await checked("schedule.json"), "schedule.json");
+  const hasNull = "conditioning.safetensors" in manifest.files;
+  const extra = hasNull ? await checked("conditioning.safetensors") : null;
   const player = playback.openPlayer(schedule, extra);
   const about = {
     name: manifest.model.name,
@@ -159,7 +163,7 @@ export async function openPackage(base, ort) {
   let network = null;
 
   async function opened() {
-    network ??= await openNetwork(await openOrt(ort), await readChecked(base, manifest, "model.onnx"));
+    network ??= await openNetwork(await openOrt(ort), await checked("model.onnx"));
     return (x, count, step, conditioning) =>
       network(x, count, step, conditioning, player.sampleShape);
   }
@@ -168,18 +172,19 @@ export async function openPackage(base, ort) {
   // .npy file. onStep: async, is told (step, sheet of the sample after it). Returns {latents,
   // shape, picture}.
   async function sample({ seed = 0, embedding = null, ...wanted }, onStep) {
+    const key = parseSeed(seed);
     const array = embedding && playback.readNpy(embedding, "the embedding");
     const chosen = playback.choose(player, { ...wanted, embedding: array });
     const picture = (samples) => playback.sheet(playback.decode(player, samples), COLUMNS);
     const seen = (step, samples) => onStep?.(step, picture(samples));
-    const latents = await playback.sample(player, await opened(), chosen, seed, seen);
+    const latents = await playback.sample(player, await opened(), chosen, key, seen);
     return { latents, shape: [chosen.count, ...player.sampleShape], picture: picture(latents) };
   }
 
   // Replays the golden run, see playback.js; onStep is told each step.
   async function selfTest(onStep) {
     const name = "golden.safetensors";
-    const golden = playback.readSafetensors(await readChecked(base, manifest, name), name);
+    const golden = playback.readSafetensors(await checked(name), name);
     return playback.selfTest(player, await opened(), golden, onStep);
   }
   return { about, sample, selfTest };
