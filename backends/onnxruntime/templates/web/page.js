@@ -159,7 +159,9 @@ function addChips(names) {
   const field = $("label");
   const chosen = () => field.value.split(",").map((each) => each.trim()).filter(Boolean);
   const chips = names.map((name) => {
-    const chip = Object.assign(document.createElement("button"), { type: "button", textContent: name });
+    const chip = document.createElement("button");
+    chip.type = "button";
+    chip.textContent = name;
     chip.onclick = () => {
       const others = chosen().filter((each) => each !== name);
       field.value = [...others, ...(others.length === chosen().length ? [name] : [])].join(", ");

@@ -38,10 +38,12 @@ export function readSafetensors(bytes, name) {
   try {
     const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
     const start = 8 + Number(view.getBigUint64(0, true));
-    const { __metadata__: _, ...header } = JSON.parse(new TextDecoder().decode(bytes.slice(8, start)));
-    const tensors = Object.entries(header).map(([key, { dtype, shape, data_offsets: [from, to] }]) => {
+    const text = new TextDecoder().decode(bytes.slice(8, start));
+    const { __metadata__: _, ...header } = JSON.parse(text);
+    const tensors = Object.entries(header).map(([key, { dtype, shape, data_offsets }]) => {
       if (!(dtype in STORED)) throw new TypeError(`${key} is ${dtype}`);
-      return [key, { data: new STORED[dtype](bytes.slice(start + from, start + to).buffer), shape }];
+      const [from, to] = data_offsets.map((offset) => start + offset);
+      return [key, { data: new STORED[dtype](bytes.slice(from, to).buffer), shape }];
     });
     return Object.fromEntries(tensors);
   } catch (error) {
@@ -49,11 +51,14 @@ export function readSafetensors(bytes, name) {
   }
 }
 
+const NPY_MAGIC = [0x93, ...Array.from("NUMPY", (letter) => letter.charCodeAt(0))];
+
 // The array of a .npy file of floats, {data: Float32Array, shape}.
 export function readNpy(bytes, name) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const isNpy = bytes.length >= 12 && [0x93, 78, 85, 77, 80, 89].every((byte, k) => bytes[k] === byte);
-  if (!isNpy) throw new PlaybackError(`${name} is not a .npy file`);
+  if (bytes.length < 12 || !NPY_MAGIC.every((byte, k) => bytes[k] === byte)) {
+    throw new PlaybackError(`${name} is not a .npy file`);
+  }
   const start = bytes[6] === 1 ? 10 : 12;
   const end = start + (bytes[6] === 1 ? view.getUint16(8, true) : view.getUint32(8, true));
   const header = new TextDecoder("latin1").decode(bytes.slice(start, end));
@@ -67,7 +72,7 @@ export function readNpy(bytes, name) {
   const shape = sizes.split(",").map((size) => size.trim()).filter(Boolean).map(Number);
   const Stored = dtype === "<f4" ? Float32Array : Float64Array, body = bytes.slice(end);
   if (body.length !== product(shape) * Stored.BYTES_PER_ELEMENT) {
-    throw new PlaybackError(`${name} is damaged: ${body.length} bytes of data for shape (${shape})`);
+    throw new PlaybackError(`${name} is damaged: ${body.length} bytes for shape (${shape})`);
   }
   const data = Float32Array.from(new Stored(body.buffer));
   if (!data.every(Number.isFinite)) {
@@ -86,7 +91,8 @@ function parseCount(text) {
   return count;
 }
 
-// What to draw, {count, conditioning}, from texts and an embedding {data, shape}; null is "not given".
+// What to draw, {count, conditioning}, from texts and an embedding {data, shape}; null is "not
+// given".
 export function choose(player, { label = null, count = null, embedding = null }) {
   const wanted = player.conditioning;
   if (embedding && wanted.kind !== "embedding") {
@@ -102,11 +108,12 @@ export function choose(player, { label = null, count = null, embedding = null })
 }
 
 function chooseEmbeddings(wanted, embedding) {
-  if (!embedding) throw new PlaybackError("this model needs a .npy file with one embedding per image");
+  if (!embedding) throw new PlaybackError("choose a .npy file with one embedding per image");
   const [count, ...shape] = embedding.shape;
   if (!count || shape.join() !== wanted.shape.join()) {
     throw new PlaybackError(
-      `embeddings must be (images, ${wanted.shape.join(", ")}), got (${embedding.shape.join(", ")})`,
+      `embeddings must be (images, ${wanted.shape.join(", ")}), ` +
+        `got (${embedding.shape.join(", ")})`,
     );
   }
   return { count, conditioning: embedding };
@@ -154,7 +161,8 @@ async function guided(player, evaluate, x, count, step, conditioning) {
   const twice = new Float32Array(2 * x.length);
   twice.set(x);
   twice.set(x, x.length);
-  const f = await evaluate(twice, 2 * count, step, { data: both, shape: [2 * count, ...shape.slice(1)] });
+  const doubled = { data: both, shape: [2 * count, ...shape.slice(1)] };
+  const f = await evaluate(twice, 2 * count, step, doubled);
   const fNull = f.subarray(0, f.length / 2), fCond = f.subarray(f.length / 2);
   const size = product(player.sampleShape), outputSize = fCond.length / count;
   const guidance = Math.fround(player.guidance);
@@ -185,7 +193,10 @@ export async function sample(player, evaluate, { count, conditioning }, seed, on
 export async function selfTest(player, evaluate, golden, onStep) {
   const { inputs, outputs, samples, initial, conditioning = null } = golden;
   const { steps } = player.table, [count] = initial.shape, size = product(player.sampleShape);
-  const at = ({ data }, step) => data.subarray(step * (data.length / steps), (step + 1) * (data.length / steps));
+  const at = ({ data }, step) => {
+    const each = data.length / steps;
+    return data.subarray(step * each, (step + 1) * each);
+  };
   const rms = (x) => Math.sqrt(x.reduce((all, value) => all + value * value, 0) / x.length);
   const deviation = [];
   for (let step = 0; step < steps; step++) {
@@ -227,7 +238,8 @@ function rint(value) {
 export function decode(player, samples) {
   const factor = player.decoder.kind === "pixel_shuffle" ? player.decoder.factor : 1;
   const [depth, height, width] = player.sampleShape;
-  const shape = [samples.length / (depth * height * width), height * factor, width * factor, depth / factor ** 2];
+  const count = samples.length / (depth * height * width);
+  const shape = [count, height * factor, width * factor, depth / factor ** 2];
   const data = new Uint8Array(samples.length);
   let at = 0;
   for (let b = 0; b < shape[0]; b++) {
