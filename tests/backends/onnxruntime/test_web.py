@@ -335,6 +335,37 @@ def test_choice_that_does_not_fit_is_refused(modules: Path, options: Program, re
     assert reason in failure(modules, call, schedule=schedule(), options=options)
 
 
+EMBEDDING = {"kind": "embedding", "shape": [2, 3], "n_labels": 0, "null_label": None}
+NONE = {"kind": "none", "shape": [], "n_labels": 0, "null_label": None}
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "options", "reason"),
+    [
+        (EMBEDDING, {}, "choose a .npy file"),
+        (EMBEDDING, {"label": "1"}, "takes no label"),
+        (EMBEDDING, {"embedding": {"data": [], "shape": [4, 6]}}, "(images, 2, 3), got (4, 6)"),
+        (EMBEDDING, {"embedding": {"data": [], "shape": [0, 2, 3]}}, "got (0, 2, 3)"),
+        (NONE, {"label": "1"}, "takes no label"),
+        (NONE, {"embedding": {"data": [1.0], "shape": [1]}}, "takes no embedding"),
+    ],
+)
+def test_conditioning_of_another_kind_is_refused(
+    modules: Path, conditioning: Program, options: Program, reason: str
+) -> None:
+    call = "playback.choose(playback.openPlayer(given.schedule, null), given.options)"
+    stored = schedule(conditioning=conditioning)
+    assert reason in failure(modules, call, schedule=stored, options=options)
+
+
+def test_model_without_conditioning_takes_a_number_of_images(modules: Path) -> None:
+    script = """
+    const player = playback.openPlayer(given.schedule, null);
+    return [playback.choose(player, {}), playback.choose(player, { count: "3" })];"""
+    found = node(modules, script, schedule=schedule(conditioning=NONE))
+    assert found == [{"count": n, "conditioning": None} for n in (1, 3)]
+
+
 def npy(array: NDArray[Any]) -> list[int]:
     buffer = io.BytesIO()
     np.save(buffer, array)

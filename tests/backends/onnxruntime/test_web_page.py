@@ -40,7 +40,8 @@ from edgeqdm.stages import rule_plan
 from edgeqdm.testing import tiny
 from edgeqdm.testing.conformance import GUIDANCE, quantize_tiny, tiny_quantized
 
-DEPENDENCIES = Path(os.environ.get("EDGEQDM_WEB_DEPS", "build/web")).resolve()
+ROOT = Path(__file__).parents[3]
+DEPENDENCIES = Path(os.environ.get("EDGEQDM_WEB_DEPS", ROOT / "build/web")).resolve()
 # A name that is no localhost: browsers hold such an address for insecure.
 PLAIN_HOST = "plain.test"
 FLAGS = (
