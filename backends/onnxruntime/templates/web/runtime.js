@@ -7,7 +7,8 @@ import { parseSeed } from "./philox.js";
 
 const FORMAT = "edgeqdm-package";
 const SCHEMA_VERSION = 1;
-const ORT_VERSION = [1, 30];
+// The oldest that runs all kernels of these packages; 1.22 lacks those of 4-bit weights.
+const ORT_VERSION = [1, 26];
 const ORT_MODULE = "ort.wasm.min.mjs";
 const ORT_FILES = [ORT_MODULE, "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"];
 const MAX_THREADS = 4;
