@@ -30,7 +30,7 @@ from edgeqdm.emit.backend import (
     Unsupported,
 )
 from edgeqdm.emit.export import export_onnx
-from edgeqdm.emit.render import RUNTIME_FOLDER
+from edgeqdm.emit.render import RUNTIME_FOLDER, WEB_FOLDER
 from edgeqdm.errors import UnsupportedError, VerifyError
 from edgeqdm.ir.model import LayerKind, ModelInfo
 from edgeqdm.ir.plan import DeploymentPlan
@@ -39,6 +39,17 @@ from edgeqdm.ir.profile import BoundaryKind
 
 GRAPH = "model.onnx"
 INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits")
+WEB_FILES = (
+    "README.md",
+    "index.html",
+    "page.js",
+    "philox.js",
+    "playback.js",
+    "runtime.js",
+    "solver.js",
+    "worker.js",
+)
+"""The page that samples in a browser, with onnxruntime-web beside it."""
 FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum")
 
 
@@ -85,6 +96,7 @@ class OnnxRuntimeBackend:
         return {
             GRAPH: File(_serialized(fork(graph)), "model"),
             f"{RUNTIME_FOLDER}/run.py": File(_template("run.py"), "runtime"),
+            **{f"{WEB_FOLDER}/{k}": File(_template(f"web/{k}"), "runtime") for k in WEB_FILES},
         }
 
     def count_kernels(self, package: Path) -> KernelCount:

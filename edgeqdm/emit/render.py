@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 RUNTIME_FOLDER = "runtime/python"
+WEB_FOLDER = "runtime/web"
 _SHARED = {
     "philox.py": ("edgeqdm.numerics", "philox.py"),
     "solver.py": ("edgeqdm.numerics", "solver.py"),
