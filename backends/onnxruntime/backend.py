@@ -50,7 +50,16 @@ WEB_FILES = (
     "worker.js",
 )
 """The page that samples in a browser, with onnxruntime-web beside it."""
-FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum")
+FLOAT_KERNELS = (
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "FusedMatMul",
+    "Einsum",
+    "MultiHeadAttention",
+)
 
 
 ANY_LAYER = tuple(Precision(f"w{bits}{rest}") for rest in ("a8", "") for bits in (8, 6, 4))
