@@ -12,6 +12,7 @@
 #include "hooks.h"
 
 extern "C" const OrtApiBase* __real_OrtGetApiBase();
+extern "C" void* __real_malloc(std::size_t size);
 
 namespace {
 
@@ -30,7 +31,7 @@ const OrtApi* real_api() { return __real_OrtGetApiBase()->GetApi(ORT_API_VERSION
 OrtStatus* ORT_API_CALL hooked_run(OrtSession* session, const OrtRunOptions* options,
                                    const char* const* input_names, const OrtValue* const* inputs,
                                    size_t n_inputs, const char* const* output_names,
-                                   size_t n_outputs, OrtValue** outputs) {
+                                   size_t n_outputs, OrtValue** outputs) noexcept {
   in_run = true;
   OrtStatus* status = real_api()->Run(session, options, input_names, inputs, n_inputs,
                                       output_names, n_outputs, outputs);
@@ -53,7 +54,7 @@ OrtStatus* ORT_API_CALL hooked_run(OrtSession* session, const OrtRunOptions* opt
   return status;
 }
 
-const OrtApi* ORT_API_CALL hooked_api(uint32_t version) {
+const OrtApi* ORT_API_CALL hooked_api(uint32_t version) noexcept {
   if (std::getenv("EDGEQDM_TEST_NO_API") != nullptr) return nullptr;
   static OrtApi api;
   api = *__real_OrtGetApiBase()->GetApi(version);
@@ -61,14 +62,14 @@ const OrtApi* ORT_API_CALL hooked_api(uint32_t version) {
   return &api;
 }
 
-const char* ORT_API_CALL hooked_version() {
+const char* ORT_API_CALL hooked_version() noexcept {
   const char* version = std::getenv("EDGEQDM_TEST_VERSION");
   return version != nullptr ? version : __real_OrtGetApiBase()->GetVersionString();
 }
 
 void* counted(std::size_t size) {
   if (counting && !in_run) ++n_allocations;
-  return std::malloc(size == 0 ? 1 : size);
+  return __real_malloc(size == 0 ? 1 : size);
 }
 
 }  // namespace
@@ -93,7 +94,6 @@ void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 extern "C" {
 
-void* __real_malloc(std::size_t size);
 void* __real_calloc(std::size_t n, std::size_t size);
 void* __real_realloc(void* memory, std::size_t size);
 

@@ -73,7 +73,8 @@ class OnnxRuntimeNetwork final : public Network {
   OnnxRuntimeNetwork(const ModelSource& source, const Table& table, const NetworkOptions& options)
       : Network(table), api_(find_api()) {
     OrtEnv* env = nullptr;
-    check(api_.CreateEnv(ORT_LOGGING_LEVEL_ERROR, "edgeqdm", &env), EDGEQDM_INTERNAL, "");
+    // What the library would log of an error is in the status, too.
+    check(api_.CreateEnv(ORT_LOGGING_LEVEL_FATAL, "edgeqdm", &env), EDGEQDM_INTERNAL, "");
     env_ = handle(env, api_.ReleaseEnv);
     OrtMemoryInfo* memory = nullptr;
     check(api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory),
@@ -113,7 +114,8 @@ class OnnxRuntimeNetwork final : public Network {
   }
 
  private:
-  void check(OrtStatus* status, edgeqdm_status meaning, const std::string& what) const {
+  // `what` is no std::string: that would be an allocation in every step.
+  void check(OrtStatus* status, edgeqdm_status meaning, const char* what) const {
     if (status == nullptr) return;
     const std::string message = first_line(api_.GetErrorMessage(status));
     api_.ReleaseStatus(status);
@@ -138,7 +140,7 @@ class OnnxRuntimeNetwork final : public Network {
     const auto options = handle(created, api_.ReleaseSessionOptions);
     check(api_.SetIntraOpNumThreads(options.get(), asked.threads), EDGEQDM_INPUT, "");
     check(api_.SetInterOpNumThreads(options.get(), 1), EDGEQDM_INTERNAL, "");
-    check(api_.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_ERROR),
+    check(api_.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_FATAL),
           EDGEQDM_INTERNAL, "");
     if (!asked.provider.empty()) append_provider(options.get(), asked.provider);
     const std::string refused = std::string("onnxruntime ") +
@@ -148,7 +150,7 @@ class OnnxRuntimeNetwork final : public Network {
               ? api_.CreateSessionFromArray(env_.get(), source.bytes, source.n_bytes,
                                             options.get(), &session)
               : api_.CreateSession(env_.get(), source.path.c_str(), options.get(), &session),
-          EDGEQDM_VERIFY, refused);
+          EDGEQDM_VERIFY, refused.c_str());
     session_ = handle(session, api_.ReleaseSession);
   }
 

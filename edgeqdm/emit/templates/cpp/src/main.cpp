@@ -320,10 +320,10 @@ edgeqdm::Tensor read_embeddings(const std::string& path, const edgeqdm_info& inf
   if (info.conditioning == EDGEQDM_NONE) refuse("this model takes no label and no embedding");
   std::vector<std::uint64_t> wanted = {found.shape[0]};
   wanted.insert(wanted.end(), info.embedding_shape, info.embedding_shape + info.embedding_rank);
-  if (info.conditioning == EDGEQDM_LABEL) refuse("this model needs a label, not float32");
   if (found.shape != wanted) {
     refuse("conditioning must be " + shape_of(wanted) + ", got " + shape_of(found.shape));
   }
+  if (info.conditioning == EDGEQDM_LABEL) refuse("this model needs a label, not float32");
   if (found.shape[0] > INT32_MAX) refuse("too many embeddings");
   return found;
 }
@@ -392,12 +392,15 @@ void run(const Arguments& arguments, const char* program) {
   }
 }
 
-// Once: a second Ctrl-C ends the program at once, should a step take long.
-void catch_interrupt() {
+// Ctrl-C once: a second one ends the program at once, should a step take long. A full disk and a
+// closed pipe are errors of the calls that meet them, not signals.
+void set_signals() {
   struct sigaction action{};
   action.sa_handler = on_interrupt;
   action.sa_flags = static_cast<int>(SA_RESETHAND);
   ::sigaction(SIGINT, &action, nullptr);
+  std::signal(SIGXFSZ, SIG_IGN);
+  std::signal(SIGPIPE, SIG_IGN);
 }
 
 int fail(int status, const char* message) {
@@ -408,7 +411,7 @@ int fail(int status, const char* message) {
 }  // namespace
 
 int main(int n, char** values) {
-  catch_interrupt();
+  set_signals();
   try {
     for (int k = 1; k < n; ++k) {
       if (std::strcmp(values[k], "--help") == 0 || std::strcmp(values[k], "-h") == 0) {
