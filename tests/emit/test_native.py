@@ -23,7 +23,7 @@ from edgeqdm.emit import playback
 from edgeqdm.emit.integrity import path_faults
 from edgeqdm.emit.playback import Player
 from edgeqdm.emit.table import pack_table
-from edgeqdm.errors import InputError, NumericalError, VerifyError
+from edgeqdm.errors import InputError, NumericalError, ResourceError, VerifyError
 from edgeqdm.ir.model import Conditioning, Decoder
 from edgeqdm.ir.package import ScheduleFile
 from edgeqdm.models.sampler import compile_sampler
@@ -306,6 +306,17 @@ def test_wrong_conditioning_is_refused(
     status, found, _ = draw(probe, schedule, network, **changes)
     assert status == InputError.exit_code
     assert message in found
+
+
+def test_more_images_than_can_be_counted_are_refused(probe: ctypes.CDLL) -> None:
+    data = pack_table(random_schedule(0, sample_shape=(1024, 1024, 1024)))
+    message = ctypes.create_string_buffer(300)
+    table, seed, first = (data, size(len(data))), ctypes.c_uint64(0), ctypes.c_uint32(0)
+    places = (None, None, EVALUATE(), None, message, size(300))
+    n_images = ctypes.c_uint32(2**32 - 1)
+    status = probe.probe_sample(*table, None, size(0), seed, first, n_images, *places)
+    assert status == ResourceError.exit_code
+    assert message.value == b"out of memory - draw fewer images at once"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

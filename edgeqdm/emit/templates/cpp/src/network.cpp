@@ -1,5 +1,7 @@
 #include "network.h"
 
+#include "error.h"
+
 namespace edgeqdm {
 
 std::size_t conditioning_size(const Table& table) noexcept {
@@ -24,7 +26,11 @@ void Network::resize(std::size_t batch) {
   const auto of = [batch](std::vector<std::int64_t>& shape) {
     std::size_t size = 1;
     for (std::size_t k = 1; k < shape.size(); ++k) size *= static_cast<std::size_t>(shape[k]);
-    if (shape.empty() || batch > SIZE_MAX / 16 / size) return std::size_t{0};
+    if (shape.empty()) return std::size_t{0};
+    // With room for 8 bytes a value and a doubled batch, so that no product elsewhere overflows.
+    if (batch > SIZE_MAX / 16 / size) {
+      throw Error(EDGEQDM_RESOURCE, "out of memory - draw fewer images at once");
+    }
     shape[0] = static_cast<std::int64_t>(batch);
     return batch * size;
   };
