@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import pty
 import resource
 import shutil
 import subprocess
@@ -308,6 +309,18 @@ def test_program_that_lies_in_its_package_finds_it(
 )
 def test_usage_errors_end_with_2(shared: Path, arguments: tuple[str, ...], message: str) -> None:
     refused(run(shared / "edgeqdm-run", *arguments), 2, message)
+
+
+def test_progress_is_shown_on_a_terminal_only(shared: Path, packages: Path, tmp_path: Path) -> None:
+    reader, terminal = pty.openpty()
+    command = [str(shared / "edgeqdm-run"), "--package", str(packages / "label"), "--out", "x.png"]
+    subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, check=True)
+    os.close(terminal)
+    shown = os.read(reader, 4096).decode()
+    os.close(reader)
+    for step in range(1, STEPS + 1):
+        assert f"\rstep {step}/{STEPS}, 0 s left " in shown
+    assert run(Path(command[0]), *command[1:], cwd=tmp_path).errors == ""
 
 
 def test_help_and_version_are_answered(shared: Path) -> None:
@@ -698,6 +711,25 @@ def test_package_in_memory_can_be_cancelled_and_goes_on(
     expected = expected_samples(packages / "label", labels)
     assert status == 0
     assert np.abs(found - expected).max() <= SAMPLES * np.abs(expected).max()
+
+
+def test_sessions_share_nothing(library: Library, session: Any, packages: Path) -> None:
+    other, package = ctypes.c_void_p(), packages / "corrected"
+    model, table = (package / "model.onnx").read_bytes(), (package / "schedule.bin").read_bytes()
+    assert library.open_memory(model, table, other) == 0
+    labels = {"label": np.array([0, 2]), "corrected": np.array([1])}
+    drawn = {"label": session, "corrected": other}
+    for kind, each in drawn.items():
+        assert library.begin(each, labels[kind]) == 0
+    for _ in range(STEPS):
+        for each in drawn.values():
+            assert library.c.edgeqdm_step(each, None) == 0
+    for kind, each in drawn.items():
+        status, found = library.latents(each, len(labels[kind]))
+        expected = expected_samples(packages / kind, labels[kind])
+        assert status == 0
+        assert np.abs(found - expected).max() <= SAMPLES * np.abs(expected).max()
+    library.c.edgeqdm_close(other)
 
 
 def test_misuse_is_a_status_and_touches_nothing(
