@@ -19,7 +19,7 @@ from edgeqdm.testing.schedules import LABELS, PARTS, random_schedule
 
 NATIVE = Path(__file__).parents[1] / "native"
 PARSED = ("files", "json", "manifest", "sha256", "solver", "table", "tensors")
-SECONDS = 2
+SECONDS = 1
 
 
 @pytest.fixture(scope="module")
