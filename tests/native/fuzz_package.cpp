@@ -100,11 +100,12 @@ class Mutator {
   void change(Bytes& data) {
     static constexpr unsigned char telling[] = {0, 1, 0x7F, 0x80, 0xFF, '"', '{', '[', '9', '-'};
     const auto at = static_cast<std::ptrdiff_t>(draw(data.size()));
+    unsigned char& byte = data[static_cast<std::size_t>(at)];
     switch (draw(5)) {
-      case 0: data[static_cast<std::size_t>(at)] ^= static_cast<unsigned char>(1u << draw(8)); break;
-      case 1: data[static_cast<std::size_t>(at)] = telling[draw(sizeof telling)]; break;
+      case 0: byte = static_cast<unsigned char>(byte ^ (1u << draw(8))); break;
+      case 1: byte = telling[draw(sizeof telling)]; break;
       case 2: data.resize(static_cast<std::size_t>(at)); break;
-      case 3: data.insert(data.begin() + at, static_cast<std::size_t>(draw(9)), telling[draw(10)]); break;
+      case 3: data.insert(data.begin() + at, draw(9), telling[draw(sizeof telling)]); break;
       default: data.erase(data.begin() + at); break;
     }
   }

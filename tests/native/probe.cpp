@@ -25,7 +25,8 @@ using Evaluate = void (*)(std::uint32_t, std::uint64_t, const float*, const std:
 
 class CalledBack final : public edgeqdm::Network {
  public:
-  CalledBack(const edgeqdm::Table& table, Evaluate evaluate) : Network(table), evaluate_(evaluate) {}
+  CalledBack(const edgeqdm::Table& table, Evaluate evaluate)
+      : Network(table), evaluate_(evaluate) {}
 
   void run(std::uint32_t step) override {
     evaluate_(step, batch(), sample_.data(), labels_.empty() ? nullptr : labels_.data(),

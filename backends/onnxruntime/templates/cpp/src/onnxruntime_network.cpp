@@ -237,9 +237,9 @@ class OnnxRuntimeNetwork final : public Network {
     };
     if (name == "sample") return of(floats, sample_shape_);
     if (name == "step") return of(integers, {});
-    if (name == "label") return conditioning_shape_.size() == 1 && of(integers, conditioning_shape_);
-    if (name != "embedding" || conditioning_shape_.size() < 2) return false;
-    return of(floats, conditioning_shape_);
+    const std::size_t rank = conditioning_shape_.size();
+    if (name == "label") return rank == 1 && of(integers, conditioning_shape_);
+    return name == "embedding" && rank > 1 && of(floats, conditioning_shape_);
   }
 
   const OrtApi& api_;

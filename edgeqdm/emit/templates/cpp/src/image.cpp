@@ -113,8 +113,9 @@ Image sheet(const std::uint8_t* pixels, PixelShape shape, std::size_t n_images,
             std::uint32_t columns) {
   const std::size_t across = std::max<std::size_t>(1, std::min<std::size_t>(columns, n_images));
   const std::size_t rows = (n_images + across - 1) / across;
-  Image image{rows * (std::size_t{shape.height} + 1) - 1, across * (std::size_t{shape.width} + 1) - 1,
-              shape.channels, {}};
+  const std::size_t height = rows * (std::size_t{shape.height} + 1) - 1;
+  const std::size_t width = across * (std::size_t{shape.width} + 1) - 1;
+  Image image{height, width, shape.channels, {}};
   const std::size_t line = static_cast<std::size_t>(image.width) * shape.channels;
   image.pixels.assign(static_cast<std::size_t>(image.height) * line, 128);
   const std::size_t n_row = std::size_t{shape.width} * shape.channels;

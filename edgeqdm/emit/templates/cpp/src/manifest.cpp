@@ -132,7 +132,8 @@ Manifest check_package(const std::string& folder) {
   for (const auto& [name, artifact] : manifest.files) {
     std::string fault = fault_of(folder, name, artifact);
     if (fault.empty() && differs_in_case_only(name, spelling)) fault = "differs in case only";
-    if (!fault.empty()) bad += ", " + printable(name.substr(0, max_path_bytes)) + " (" + fault + ")";
+    if (fault.empty()) continue;
+    bad += ", " + printable(name.substr(0, max_path_bytes)) + " (" + fault + ")";
   }
   if (!bad.empty()) throw Error(EDGEQDM_VERIFY, "package is damaged: " + bad.substr(2));
   return manifest;

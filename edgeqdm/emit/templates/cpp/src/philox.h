@@ -1,7 +1,8 @@
 // Counter-based normal noise, value for value that of philox.py in the same package.
 //
 // Philox4x32-10 of Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405, then Box-Muller in
-// float64, rounded to float32 at the end. Stream 0 is the initial sample, 1 + i the noise of step i.
+// float64, rounded to float32 at the end. Stream 0 is the initial sample, stream 1 + i the noise of
+// step i.
 #pragma once
 
 #include <array>

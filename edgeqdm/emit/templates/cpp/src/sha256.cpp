@@ -76,7 +76,9 @@ std::string Sha256::hex() {
   update(length, sizeof length);
   std::string digits;
   for (std::uint32_t word : state_) {
-    for (int shift = 28; shift >= 0; shift -= 4) digits += "0123456789abcdef"[(word >> shift) & 15u];
+    for (int shift = 28; shift >= 0; shift -= 4) {
+      digits += "0123456789abcdef"[(word >> shift) & 15u];
+    }
   }
   return digits;
 }

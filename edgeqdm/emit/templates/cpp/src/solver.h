@@ -1,6 +1,7 @@
 // Runs the sampler's table, operation for operation as solver.py in the same package does.
 //
-//   x[i+1] = sum_k a[i, k] x[i-k] + sum_j b[i, j] f[i-j] + c[i] z + d[i] clip(p[i] x[i] + q[i] f[i])
+//   x[i+1] = sum_k a[i, k] x[i-k] + sum_j b[i, j] f[i-j] + c[i] z
+//            + d[i] clip(p[i] x[i] + q[i] f[i])
 //
 // Every product and every sum is rounded to float32, terms are added in this order, and a term
 // whose weight is 0 is left out. The build must not contract a product and a sum into one.

@@ -249,7 +249,8 @@ Bytes npy_of(const float* values, const std::vector<std::uint64_t>& shape) {
   header += '\n';
   Bytes data;
   for (unsigned char byte : npy_magic) data.push_back(byte);
-  for (std::size_t byte : {std::size_t{1}, std::size_t{0}, header.size() & 0xFF, header.size() >> 8}) {
+  const std::size_t length = header.size();
+  for (std::size_t byte : {std::size_t{1}, std::size_t{0}, length & 0xFF, length >> 8}) {
     data.push_back(static_cast<unsigned char>(byte));
   }
   data.insert(data.end(), header.begin(), header.end());
