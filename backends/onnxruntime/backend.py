@@ -30,7 +30,7 @@ from edgeqdm.emit.backend import (
     Unsupported,
 )
 from edgeqdm.emit.export import export_onnx
-from edgeqdm.emit.render import RUNTIME_FOLDER, WEB_FOLDER
+from edgeqdm.emit.render import CPP_FOLDER, RUNTIME_FOLDER, WEB_FOLDER, cpp_sources
 from edgeqdm.errors import UnsupportedError, VerifyError
 from edgeqdm.ir.model import LayerKind, ModelInfo
 from edgeqdm.ir.plan import DeploymentPlan
@@ -106,6 +106,7 @@ class OnnxRuntimeBackend:
             GRAPH: File(_serialized(fork(graph)), "model"),
             f"{RUNTIME_FOLDER}/run.py": File(_template("run.py"), "runtime"),
             **{f"{WEB_FOLDER}/{k}": File(_template(f"web/{k}"), "runtime") for k in WEB_FILES},
+            **_cpp_network(),
         }
 
     def count_kernels(self, package: Path) -> KernelCount:
@@ -155,6 +156,11 @@ class OnnxRuntimeBackend:
 
 def _template(name: str) -> bytes:
     return files("edgeqdm.backends.onnxruntime").joinpath(f"templates/{name}").read_bytes()
+
+
+def _cpp_network() -> dict[str, File]:
+    sources = cpp_sources(files("edgeqdm.backends.onnxruntime").joinpath("templates/cpp"))
+    return {f"{CPP_FOLDER}/{name}": File(text.encode(), "runtime") for name, text in sources}
 
 
 def _serialized(graph: onnx.ModelProto) -> bytes:

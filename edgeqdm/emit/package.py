@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.numpy import save
 
 from edgeqdm import __version__
@@ -17,7 +16,8 @@ from edgeqdm.correct.apply import require_key
 from edgeqdm.emit.backend import Backend, Exportable, File
 from edgeqdm.emit.golden import Golden, make_golden
 from edgeqdm.emit.integrity import MANIFEST, seal_manifest
-from edgeqdm.emit.render import python_runtime
+from edgeqdm.emit.render import CPP_FOLDER, cpp_runtime, environment, python_runtime
+from edgeqdm.emit.table import TABLE, pack_table
 from edgeqdm.emit.writer import staged_package
 from edgeqdm.errors import InputError, UnsupportedError
 from edgeqdm.ir.codec import digest, dump_record, parse_record
@@ -153,11 +153,16 @@ def _contents(
     contents = {
         "plan.json": File(dump_record(quantized.plan), "plan"),
         "schedule.json": File(dump_record(schedule), "schedule"),
+        TABLE: File(pack_table(schedule), "schedule"),
         "golden.safetensors": File(save(golden.tensors), "golden"),
         "MODEL_CARD.md": File(_model_card(quantized, backend, correction).encode(), "card"),
         **{k: File(source.encode(), "runtime") for k, source in python_runtime().items()},
         **backend.emit(exportable(quantized)),
     }
+    # The target's own part decides: without a network there is nothing to build.
+    if any(path.startswith(f"{CPP_FOLDER}/") for path in contents):
+        shared = cpp_runtime(schedule)
+        contents |= {path: File(text.encode(), "runtime") for path, text in shared.items()}
     if denoiser.null_embedding is not None:
         null = {"null": denoiser.null_embedding.numpy()}
         contents["conditioning.safetensors"] = File(save(null), "schedule")
@@ -167,20 +172,16 @@ def _contents(
 def _model_card(
     quantized: QuantizedDenoiser, backend: Backend, correction: CorrectedSchedule | None
 ) -> str:
-    environment = Environment(
-        loader=PackageLoader("edgeqdm.emit"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    return environment.get_template("MODEL_CARD.md.j2").render(
-        info=quantized.info,
-        plan=quantized.plan,
-        program=quantized.denoiser.program,
-        guidance=quantized.denoiser.guidance.scale,
-        correction=correction,
-        target=backend.name,
-        edgeqdm_version=__version__,
+    return (
+        environment()
+        .get_template("MODEL_CARD.md.j2")
+        .render(
+            info=quantized.info,
+            plan=quantized.plan,
+            program=quantized.denoiser.program,
+            guidance=quantized.denoiser.guidance.scale,
+            correction=correction,
+            target=backend.name,
+            edgeqdm_version=__version__,
+        )
     )

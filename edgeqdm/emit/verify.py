@@ -9,8 +9,9 @@ from pathlib import Path
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend, KernelCount
 from edgeqdm.emit.integrity import check_files
-from edgeqdm.errors import EdgeqdmError, VerifyError
-from edgeqdm.ir.codec import describe, digest, read_record, sha256_file
+from edgeqdm.emit.table import TABLE, pack_table
+from edgeqdm.errors import EdgeqdmError, UnsupportedError, VerifyError
+from edgeqdm.ir.codec import describe, digest, read_bytes, read_record, sha256_file
 from edgeqdm.ir.package import Manifest, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
 
@@ -72,7 +73,25 @@ def verify_package(package: Path, backend: Backend) -> Verification:
             path=package / "schedule.json",
             hint="schedule or correction was changed by hand: emit the package again",
         )
+    _check_table(package, schedule)
     return Verification(manifest, kernels, planned, result.deviation)
+
+
+def _check_table(package: Path, schedule: ScheduleFile) -> None:
+    """Raise VerifyError unless schedule.bin holds the numbers of schedule.json."""
+    try:
+        expected = pack_table(schedule)
+    except (UnsupportedError, ValueError) as problem:
+        reason = problem.message if isinstance(problem, UnsupportedError) else str(problem)
+        raise _wrong_table(package, reason) from problem
+    path = package / TABLE
+    if not path.exists() or read_bytes(path, error=VerifyError) != expected:
+        raise _wrong_table(package, f"{TABLE} is not the table of schedule.json")
+
+
+def _wrong_table(package: Path, reason: str) -> VerifyError:
+    hint = "the package was changed by hand: emit it again"
+    return VerifyError("EQ-8207", reason, path=package / TABLE, hint=hint)
 
 
 def _check_agreement(

@@ -45,6 +45,7 @@ FILES = {
     "runtime/python/philox.py": "runtime",
     "runtime/python/playback.py": "runtime",
     "runtime/python/solver.py": "runtime",
+    "schedule.bin": "schedule",
     "schedule.json": "schedule",
 }
 

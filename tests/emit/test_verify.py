@@ -181,6 +181,26 @@ def test_changed_schedule_is_found(
     fails(package, backend, "EQ-8202")
 
 
+def test_table_that_is_not_that_of_the_schedule_is_found(
+    package: Path, backend: EagerBackend
+) -> None:
+    path = package / "schedule.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    reseal(package)
+    fails(package, backend, "EQ-8207", "not the table of schedule.json")
+    path.unlink()
+    reseal(package)
+    fails(package, backend, "EQ-8207", "not the table of schedule.json")
+
+
+def test_schedule_that_no_table_can_hold_is_found(package: Path, backend: EagerBackend) -> None:
+    edit_json(package / "schedule.json", _set("label_names", ["x" * 65536]))
+    edit_manifest(package, _set("model.label_names", ["x" * 65536]))
+    reseal(package)
+    fails(package, backend, "EQ-8207", "more than 65535 bytes")
+
+
 @pytest.mark.parametrize("name", ["plan.json", "schedule.json"])
 def test_package_without_plan_or_schedule_is_refused(
     package: Path, backend: EagerBackend, name: str

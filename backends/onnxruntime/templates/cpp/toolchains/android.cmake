@@ -1,0 +1,15 @@
+# Android through the NDK's own toolchain file; set ANDROID_NDK in the environment or with -D.
+# Not run where this package was made: see README.md.
+if(NOT ANDROID_NDK)
+  set(ANDROID_NDK "$ENV{ANDROID_NDK}")
+endif()
+if(NOT EXISTS "${ANDROID_NDK}/build/cmake/android.toolchain.cmake")
+  message(FATAL_ERROR "no NDK at '${ANDROID_NDK}': set ANDROID_NDK to its folder")
+endif()
+if(NOT ANDROID_ABI)
+  set(ANDROID_ABI arm64-v8a)
+endif()
+if(NOT ANDROID_PLATFORM)
+  set(ANDROID_PLATFORM android-24)
+endif()
+include("${ANDROID_NDK}/build/cmake/android.toolchain.cmake")

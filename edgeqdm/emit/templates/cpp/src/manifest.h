@@ -1,0 +1,32 @@
+// manifest.json: whether it is sealed and every file it lists is there and unchanged.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "files.h"
+
+namespace edgeqdm {
+
+struct Artifact {
+  std::string sha256;
+  std::uint64_t size;
+};
+
+struct Manifest {
+  std::map<std::string, Artifact> files;
+  bool sealed;
+};
+
+// Throws Error, VERIFY, for anything but a manifest of the version this runtime reads.
+Manifest parse_manifest(const Bytes& data);
+
+// What is wrong with a path as the name of a file of a package; "" if nothing is.
+std::string path_fault(const std::string& path);
+
+// Checks a whole package; throws Error, VERIFY, naming every file that is not as listed. Files
+// that are not listed are left alone, as by run.py: they are never opened.
+Manifest check_package(const std::string& folder);
+
+}  // namespace edgeqdm

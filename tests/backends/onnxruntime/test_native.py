@@ -1,0 +1,799 @@
+"""The C++ runtime in a package: built from it, equal to run.py, and never ended by a signal."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import pty
+import resource
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from edgeqdm import __version__
+from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.calibrate.observe import observe
+from edgeqdm.calibrate.trajectories import collect_trajectories
+from edgeqdm.emit import playback
+from edgeqdm.emit.integrity import seal_manifest
+from edgeqdm.emit.package import correction_key, emit_package
+from edgeqdm.emit.table import HEADER
+from edgeqdm.errors import VerifyError
+from edgeqdm.ir.codec import read_record
+from edgeqdm.ir.package import Manifest
+from edgeqdm.ir.plan import DeploymentPlan, Phase
+from edgeqdm.ir.precision import FP32
+from edgeqdm.ir.schedule import CorrectedSchedule
+from edgeqdm.models.denoiser import wrap
+from edgeqdm.quantize.quantizer import QuantizedDenoiser, quantize
+from edgeqdm.testing import tiny
+from edgeqdm.testing.conformance import STEPS, quantize_tiny, small_denoiser, tiny_quantized
+from edgeqdm.testing.native import DEPS_VARIABLE, WARNINGS, compile_cpp, native_deps
+
+ROOT = Path(__file__).parents[3]
+NATIVE = ROOT / "tests" / "native"
+RUN = "runtime/python/run.py"
+# Everything between the layers is the same library on the same input. A last bit of the noise that
+# libm rounds differently could put an activation on the other side of a half-tie; with these
+# seeds none does, and the samples are equal.
+SAMPLES = 1e-6
+# exp of the learned variance differs in its last bit at every second value, so one may.
+LEARNED = 1e-2
+
+
+def corrected(quantized: QuantizedDenoiser) -> CorrectedSchedule:
+    channels = quantized.info.sample_shape[0]
+    return CorrectedSchedule(
+        key=correction_key(quantized),
+        gain=(0.9, 1.0, 1.1),
+        bias=((0.01,) * channels,) * STEPS,
+        noise_std=((0.2,) * channels, (0.1,) * channels, (0.0,) * channels),
+        clamped=(False,) * STEPS,
+        input_weight=(0.1, 0.0, 0.05),
+    )
+
+
+def in_two_phases(plan: DeploymentPlan) -> DeploymentPlan:
+    """Integers in the first step, floats in the rest."""
+    (only,) = plan.phases
+    floats = tuple(a.model_copy(update={"precision": FP32}) for a in only.layers)
+    first = only.model_copy(update={"stop": 1})
+    return plan.model_copy(update={"phases": (first, Phase(start=1, stop=STEPS, layers=floats))})
+
+
+class EmbeddedNetwork(nn.Module):
+    """x [B, 4, 8, 8], t [B], embeddings [B, 5, 12]; says the variance, too: [B, 8, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 8)
+        self.conv_in = nn.Conv2d(4, 8, 3, padding=1)
+        self.conv_out = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+        fed = torch.sin(self.embed(embeddings.mean(1)) + 0.01 * t[:, None])
+        out: Tensor = self.conv_out(nn.functional.silu(self.conv_in(x) + fed[:, :, None, None]))
+        return out
+
+
+def emit_with_embeddings(package: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = EmbeddedNetwork()
+    denoiser = wrap(
+        network,
+        DDPMScheduler(variance_type="learned_range", clip_sample=False),
+        (torch.zeros(4, 4, 8, 8), torch.full((4,), 9), tiny.tiny_embeddings(4)),
+        steps=STEPS,
+        guidance=3.0,
+        null_conditioning=torch.zeros(tiny.EMBEDDING_SHAPE),
+    )
+    emit_package(quantize_tiny(denoiser), OnnxRuntimeBackend(), package)
+
+
+def emit_in_phases(quantized: QuantizedDenoiser, package: Path) -> None:
+    denoiser, plan = quantized.denoiser, in_two_phases(quantized.plan)
+    trajectories = collect_trajectories(denoiser, 4, seed=1)
+    seen = observe(denoiser, trajectories, plan.phases[0].integer_layers())
+    emit_package(quantize(denoiser, plan, seen), OnnxRuntimeBackend(), package)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one package per kind: labels, embeddings, phases, a correction."""
+    folder = tmp_path_factory.mktemp("packages")
+    emit_package(tiny_quantized("unet"), OnnxRuntimeBackend(), folder / "label")
+    small = quantize_tiny(small_denoiser(DDPMScheduler(clip_sample=True)))
+    backend = OnnxRuntimeBackend()
+    emit_package(small, backend, folder / "corrected", correction=corrected(small))
+    emit_with_embeddings(folder / "embedding")
+    emit_in_phases(small, folder / "phases")
+    return folder
+
+
+@pytest.fixture
+def package(packages: Path, tmp_path: Path) -> Path:
+    """A package to damage."""
+    return Path(shutil.copytree(packages / "label", tmp_path / "package"))
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's library and Debian's headers, as a release of ONNX Runtime has them."""
+    deps = native_deps(ROOT)
+    if deps is None:
+        pytest.skip(f"no ONNX Runtime headers: tools/native_deps.sh build/native, {DEPS_VARIABLE}")
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler")
+    (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    folder = tmp_path_factory.mktemp("onnxruntime")
+    (folder / "include").symlink_to(deps / "include")
+    (folder / "lib").mkdir()
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (folder / "lib" / name).symlink_to(library)
+    return folder
+
+
+def build(packages: Path, release: Path, folder: Path, *options: str) -> Path:
+    source = packages / "label" / "runtime" / "cpp"
+    configure = ["cmake", "-S", str(source), "-B", str(folder), "-DEDGEQDM_WERROR=ON"]
+    configure += [f"-DONNXRUNTIME_ROOT={release}", *options]
+    for command in (configure, ["cmake", "--build", str(folder), "-j1"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(packages: Path, release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build folder of the shared library and its tool, by the default compiler."""
+    options = ("-DBUILD_SHARED_LIBS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    return build(packages, release, tmp_path_factory.mktemp("shared"), *options)
+
+
+@pytest.fixture(scope="module")
+def sanitized(packages: Path, release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build folder of the static library and its tool with sanitizers, by clang if it is there."""
+    options = ["-DEDGEQDM_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"]
+    if shutil.which("clang++"):
+        options.append("-DCMAKE_CXX_COMPILER=clang++")
+    return build(packages, release, tmp_path_factory.mktemp("sanitized"), *options)
+
+
+@dataclass(frozen=True)
+class Finished:
+    exit_code: int
+    output: str
+    errors: str
+
+
+def run(
+    program: Path,
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    limits: Callable[[], None] | None = None,
+) -> Finished:
+    # Leaks are not looked for: ptrace, which that needs, is forbidden in many containers.
+    settings = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+    done = subprocess.run(
+        [str(program), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **settings, **(environment or {})},
+        preexec_fn=limits,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def refused(found: Finished, exit_code: int, message: str) -> None:
+    """One line, the documented code, no signal and no word of a sanitizer."""
+    assert (found.exit_code, len(found.errors.splitlines())) == (exit_code, 1), found
+    assert found.errors.startswith("error: ")
+    assert message in found.errors
+
+
+def expected_samples(package: Path, conditioning: NDArray[Any]) -> Any:
+    return playback.sample(
+        playback.open_player(package),
+        OnnxRuntimeBackend().open(package),
+        conditioning,
+        seed=7,
+        images=range(len(conditioning)),
+    )
+
+
+def conditioning_of(kind: str, folder: Path) -> tuple[NDArray[Any], list[str]]:
+    """Conditioning of three images and the options that ask for it."""
+    if kind != "embedding":
+        return np.array([0, 2, 1]), ["--label", "0,2,1"]
+    embeddings = tiny.tiny_embeddings(3).numpy()
+    np.save(folder / "e.npy", embeddings.astype(np.float64))
+    return embeddings, ["--embedding", str(folder / "e.npy")]
+
+
+@pytest.mark.parametrize("kind", ["label", "embedding", "phases", "corrected"])
+def test_samples_and_pixels_are_those_of_the_python_runtime(
+    shared: Path, packages: Path, tmp_path: Path, kind: str
+) -> None:
+    conditioning, options = conditioning_of(kind, tmp_path)
+    files = ["--out", "sheet.png", "--latents", "x.npy", "--columns", "2"]
+    package = packages / kind
+    done = run(
+        shared / "edgeqdm-run", "--package", package, "--seed", "7", *options, *files, cwd=tmp_path
+    )
+    assert done.exit_code == 0, done.errors
+    assert done.output.startswith("sheet.png: 3 images, seed 7, ")
+    found, expected = np.load(tmp_path / "x.npy"), expected_samples(package, conditioning)
+    assert found.shape == expected.shape
+    bound = LEARNED if kind == "embedding" else SAMPLES
+    assert np.abs(found - expected).max() <= bound * np.abs(expected).max()
+    pixels = playback.sheet(playback.decode(playback.open_player(package), found), 2)
+    image = np.asarray(Image.open(tmp_path / "sheet.png"))
+    shown = image.reshape(*pixels.shape[:2], -1)
+    np.testing.assert_array_equal(shown[:, :, 0], pixels[:, :, 0])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_samples_do_not_depend_on_threads_or_provider_name(
+    shared: Path, packages: Path, tmp_path: Path
+) -> None:
+    tool, common = shared / "edgeqdm-run", ("--package", packages / "label", "--label", "bag,COAT")
+    for name, options in (("a", ["--threads", "2"]), ("b", ["--provider", "cpu", "--quiet"])):
+        done = run(tool, *common, "--out", f"{name}.pgm", *options, cwd=tmp_path)
+        assert done.exit_code == 0, done.errors
+        assert (done.output == "") == ("--quiet" in options)
+    assert (tmp_path / "a.pgm").read_bytes() == (tmp_path / "b.pgm").read_bytes()
+    assert (tmp_path / "a.pgm").read_bytes().startswith(b"P5\n")
+
+
+@pytest.mark.parametrize("kind", ["label", "embedding", "corrected"])
+def test_self_test_says_what_the_python_runtime_says(
+    shared: Path, packages: Path, kind: str
+) -> None:
+    done = run(shared / "edgeqdm-run", "--package", packages / kind, "--self-test")
+    assert (done.exit_code, done.errors) == (0, "")
+    player, backend = playback.open_player(packages / kind), OnnxRuntimeBackend()
+    golden = playback.read_safetensors(packages / kind / "golden.safetensors")
+    expected = playback.self_test(player, backend.open(packages / kind), golden)
+    found = json.loads(done.output)
+    assert found["passed"] is True
+    assert found["deviation"] == pytest.approx(expected.deviation, rel=1e-4, abs=1e-9)
+    assert found["sampler"] <= 1e-6
+    assert done.output == json.dumps(found) + "\n"
+
+
+SAME = [
+    ("--label", "4", "--out", "x.png"),
+    ("--label", "99999999999999999999", "--out", "x.png"),
+    ("--label", "shoe,1", "--out", "x.png"),
+    ("--label", "0,1", "--count", "8", "--out", "x.png"),
+    ("--threads", "0", "--out", "x.png"),
+    ("--seed", "18446744073709551616", "--out", "x.png"),
+    ("--embedding", "e.npy", "--label", "1", "--out", "x.png"),
+    ("--embedding", "e.npy", "--out", "x.png"),
+    ("--label", "1", "--out", "no/such/x.png"),
+    (),
+]
+
+
+def test_wrong_options_have_the_words_and_codes_of_the_python_runtime(
+    sanitized: Path, package: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "e.npy", np.zeros((1, 5, 12), np.float32))
+    for arguments in SAME:
+        found = run(sanitized / "edgeqdm-run", "--package", package, *arguments, cwd=tmp_path)
+        expected = run(Path(sys.executable), package / RUN, *arguments, cwd=tmp_path)
+        assert found == expected, arguments
+        assert found.exit_code in (2, 3, 7)
+
+
+def test_program_that_lies_in_its_package_finds_it(
+    shared: Path, package: Path, tmp_path: Path
+) -> None:
+    folder = package / "runtime" / "cpp" / "build"
+    folder.mkdir()
+    for built in ("edgeqdm-run", "libedgeqdm.so"):
+        shutil.copy2(shared / built, folder)
+    found = run(folder / "edgeqdm-run", "--self-test", cwd=tmp_path)
+    assert (found.exit_code, found.errors) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--no-such",), "unrecognized arguments: --no-such"),
+        (("--seed",), "argument --seed: expected one argument"),
+        (("--seed", "x"), "argument --seed: invalid int value: 'x'"),
+        (("--self-test=1",), "unrecognized arguments"),
+        (("--self-test",), "no package around this program"),
+    ],
+)
+def test_usage_errors_end_with_2(shared: Path, arguments: tuple[str, ...], message: str) -> None:
+    refused(run(shared / "edgeqdm-run", *arguments), 2, message)
+
+
+def test_progress_is_shown_on_a_terminal_only(shared: Path, packages: Path, tmp_path: Path) -> None:
+    reader, terminal = pty.openpty()
+    command = [str(shared / "edgeqdm-run"), "--package", str(packages / "label"), "--out", "x.png"]
+    subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, check=True)
+    os.close(terminal)
+    shown = os.read(reader, 4096).decode()
+    os.close(reader)
+    for step in range(1, STEPS + 1):
+        assert f"\rstep {step}/{STEPS}, 0 s left " in shown
+    assert run(Path(command[0]), *command[1:], cwd=tmp_path).errors == ""
+
+
+def test_help_and_version_are_answered(shared: Path) -> None:
+    assert run(shared / "edgeqdm-run", "--version") == Finished(0, f"{__version__}\n", "")
+    assert "--self-test" in run(shared / "edgeqdm-run", "--help").output
+
+
+def edit(package: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    path = package / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def reseal(package: Path, *, drop: str | None = None) -> None:
+    """A manifest that lists what lies there, as whoever changes a package on purpose makes it."""
+    manifest = read_record(package / "manifest.json", Manifest)
+    files = {}
+    for name, artifact in manifest.files.items():
+        if name != drop and (package / name).exists():
+            data = (package / name).read_bytes()
+            sha256 = hashlib.sha256(data).hexdigest()
+            files[name] = artifact.model_copy(update={"sha256": sha256, "size": len(data)})
+    sealed = seal_manifest(manifest.model_copy(update={"files": files}))
+    (package / "manifest.json").write_bytes(sealed)
+
+
+def rename_in_manifest(package: Path, old: str, new: str) -> None:
+    manifest = read_record(package / "manifest.json", Manifest)
+    files = {new if name == old else name: entry for name, entry in manifest.files.items()}
+    sealed = seal_manifest(manifest.model_copy(update={"files": files}))
+    (package / "manifest.json").write_bytes(sealed)
+
+
+def link_elsewhere(package: Path, name: str) -> None:
+    outside = package.parent / "outside"
+    (package / name).rename(outside)
+    (package / name).symlink_to(outside)
+
+
+def table_of_nan(package: Path) -> None:
+    """A table with NaN for its first timestep, and everything else in order."""
+
+    def change(data: bytes) -> bytes:
+        body = bytearray(data[HEADER.size :])
+        body[88:92] = b"\x00\x00\xc0\x7f"
+        magic, version, _, size = HEADER.unpack(data[: HEADER.size])
+        return HEADER.pack(magic, version, zlib.crc32(body), size) + bytes(body)
+
+    edit(package, "schedule.bin", change)
+    reseal(package)
+
+
+def other_version(package: Path) -> None:
+    edit(
+        package,
+        "manifest.json",
+        lambda d: d.replace(b'"schema_version": 1', b'"schema_version": 2'),
+    )
+
+
+def resealed(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    def both(package: Path) -> None:
+        change(package)
+        reseal(package)
+
+    return both
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda package: edit(package, name, lambda data: data[: len(data) // 2])
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "cut manifest": (cut("manifest.json"), "manifest.json cannot be read"),
+    "no JSON": (lambda p: edit(p, "manifest.json", lambda _: b"{"), "manifest.json cannot be"),
+    "edited manifest": (
+        lambda p: edit(
+            p, "manifest.json", lambda d: d.replace(b'"eager', b'"Eager').replace(b"20", b"21", 1)
+        ),
+        "manifest.json",
+    ),
+    "other version": (other_version, "schema_version 2, this runtime reads 1"),
+    "manifest is a link": (lambda p: link_elsewhere(p, "manifest.json"), "manifest.json cannot"),
+    "cut model": (cut("model.onnx"), "model.onnx (size)"),
+    "changed model": (
+        lambda p: edit(p, "model.onnx", lambda d: d[:99] + bytes([d[99] ^ 1]) + d[100:]),
+        "model.onnx (changed)",
+    ),
+    "no plan": (lambda p: (p / "plan.json").unlink(), "plan.json (missing)"),
+    "link": (lambda p: link_elsewhere(p, "plan.json"), "plan.json (not a path inside the package)"),
+    "link to a folder": (
+        lambda p: link_elsewhere(p, "runtime"),
+        "runtime/python/run.py (not a path inside the package)",
+    ),
+    "hard link": (
+        lambda p: os.link(p / "plan.json", p.parent / "other"),
+        "plan.json (hard link)",
+    ),
+    "FIFO": (
+        lambda p: ((p / "plan.json").unlink(), os.mkfifo(p / "plan.json"))[0],
+        "plan.json (not a regular file)",
+    ),
+    "traversal": (
+        lambda p: rename_in_manifest(p, "plan.json", "../plan.json"),
+        "../plan.json (not a path inside the package)",
+    ),
+    "absolute": (
+        lambda p: rename_in_manifest(p, "plan.json", "/etc/passwd"),
+        "/etc/passwd (not a path inside the package)",
+    ),
+    "line break": (
+        lambda p: rename_in_manifest(p, "plan.json", "a\nerror: b"),
+        "a\\x0aerror: b (not a path inside the package)",
+    ),
+    "cut table": (resealed(cut("schedule.bin")), "schedule.bin: cut off or of a wrong size"),
+    "damaged table": (
+        resealed(lambda p: edit(p, "schedule.bin", lambda d: d[:-1] + b"\xff")),
+        "schedule.bin: damaged (CRC-32)",
+    ),
+    "NaN in the table": (table_of_nan, "schedule.bin: a number that makes no sense"),
+    "no table": (lambda p: reseal(p, drop="schedule.bin"), "schedule.bin: not in the manifest"),
+    "no model": (lambda p: reseal(p, drop="model.onnx"), "model.onnx: not in the manifest"),
+    "model that is none": (
+        resealed(lambda p: edit(p, "model.onnx", lambda _: b"nothing")),
+        "refuses model.onnx",
+    ),
+    "cut model, resealed": (resealed(cut("model.onnx")), "refuses model.onnx"),
+    "golden that is none": (
+        resealed(lambda p: edit(p, "golden.safetensors", lambda _: b"nothing")),
+        "golden.safetensors: not a readable safetensors file",
+    ),
+    "no golden": (
+        resealed(lambda p: (p / "golden.safetensors").unlink()),
+        "golden.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damaged_package_is_refused_by_name(sanitized: Path, package: Path, fault: str) -> None:
+    damage, message = FAULTS[fault]
+    damage(package)
+    found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
+    refused(found, VerifyError.exit_code, message)
+
+
+def test_every_bad_file_is_named(sanitized: Path, package: Path) -> None:
+    (package / "plan.json").unlink()
+    edit(package, "schedule.json", lambda data: data[:-1] + b" ")
+    edit(package, "manifest.json", lambda data: data.replace(b'"created": "20', b'"created": "21'))
+    found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
+    named = ("manifest.json (changed)", "plan.json (missing)", "schedule.json (changed)")
+    refused(found, VerifyError.exit_code, f"package is damaged: {', '.join(named)}\n")
+    expected = run(Path(sys.executable), package / RUN, "--self-test")
+    assert found == expected
+
+
+def test_files_that_are_not_listed_are_left_alone(sanitized: Path, package: Path) -> None:
+    (package / "notes.txt").write_text("mine")
+    assert run(sanitized / "edgeqdm-run", "--package", package, "--self-test").exit_code == 0
+
+
+def test_model_of_another_shape_is_refused(sanitized: Path, package: Path, packages: Path) -> None:
+    shutil.copy(packages / "embedding" / "model.onnx", package / "model.onnx")
+    reseal(package)
+    found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
+    refused(found, VerifyError.exit_code, "model.onnx does not fit schedule.bin")
+
+
+def test_golden_run_that_is_not_met_ends_with_8(sanitized: Path, package: Path) -> None:
+    golden = load_file(package / "golden.safetensors")
+    golden["outputs"] = golden["outputs"] + np.float32(1)
+    save_file(golden, package / "golden.safetensors")
+    reseal(package)
+    found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
+    refused(found, VerifyError.exit_code, "self-test failed")
+    assert json.loads(found.output)["passed"] is False
+
+
+@pytest.mark.parametrize("name", ["NoSuch", "CUDAExecutionProvider"])
+def test_missing_provider_ends_with_4_and_the_ones_there_are(
+    sanitized: Path, packages: Path, name: str
+) -> None:
+    tool, package = sanitized / "edgeqdm-run", packages / "label"
+    found = run(tool, "--package", package, "--self-test", "--provider", name)
+    refused(found, 4, f"no execution provider {name} here; this library has ")
+    assert "CPUExecutionProvider" in found.errors
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.full((1, 5, 12), np.nan), "e.npy holds NaN or a value beyond float32"),
+        (np.zeros((1, 5, 13)), "conditioning must be (1, 5, 12), got (1, 5, 13)"),
+        (np.zeros((2, 12)), "conditioning must be (2, 5, 12), got (2, 12)"),
+        (np.zeros((1, 5, 12), np.int32), "e.npy holds <i4, embeddings are floats"),
+        (None, "e.npy: No such file or directory"),
+    ],
+)
+def test_wrong_embeddings_end_with_3(
+    sanitized: Path, packages: Path, tmp_path: Path, value: Any, message: str
+) -> None:
+    if value is not None:
+        np.save(tmp_path / "e.npy", value)
+    options = ("--package", packages / "embedding", "--embedding", "e.npy", "--out", "x.png")
+    refused(run(sanitized / "edgeqdm-run", *options, cwd=tmp_path), 3, message)
+
+
+def test_unwritable_results_end_with_7_and_leave_nothing(
+    sanitized: Path, packages: Path, tmp_path: Path
+) -> None:
+    tool, common = sanitized / "edgeqdm-run", ("--package", packages / "label", "--label", "1")
+    (tmp_path / "folder").mkdir()
+    found = run(tool, *common, "--out", "folder", cwd=tmp_path)
+    refused(found, 7, "cannot write folder: Is a directory")
+    found = run(tool, *common, "--out", "x.png", "--latents", "no/x.npy", cwd=tmp_path)
+    refused(found, 7, "cannot write no/x.npy: No such file or directory")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
+    found = run(tool, *common, "--out", "y.png", cwd=tmp_path, limits=limit)
+    refused(found, 7, "cannot write y.png: File too large")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "x.png"]
+    with Path("/dev/full").open("w") as full:
+        command = [str(tool), *map(str, common), "--out", "z.png"]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full, check=False)
+    assert done.returncode == 7
+
+
+def test_too_little_memory_ends_with_9(shared: Path, packages: Path, tmp_path: Path) -> None:
+    tool, common = shared / "edgeqdm-run", ("--package", packages / "label", "--out", "x.png")
+
+    def limited(megabytes: int) -> Callable[[], None]:
+        n_bytes = megabytes << 20
+        return lambda: resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+
+    for megabytes in (48, 64, 80, 96, 128):
+        limits = limited(megabytes)
+        found = run(tool, *common, "--count", "50", "--quiet", cwd=tmp_path, limits=limits)
+        # Below what the loader needs to map ONNX Runtime it is the loader that ends with 127.
+        assert found.exit_code in (0, 9, 127), (megabytes, found)
+        assert found.exit_code == 127 or len(found.errors.splitlines()) == (found.exit_code == 9)
+    for n_images in (20_000, 3_000_000):
+        found = run(tool, *common, "--count", str(n_images), cwd=tmp_path, limits=limited(256))
+        refused(found, 9, "out of memory - draw fewer images at once")
+
+
+@pytest.fixture(scope="module")
+def hooked(sanitized: Path, packages: Path, release: Path) -> Path:
+    """The tool and `count_allocations` with an ONNX Runtime that does what a test asks for."""
+    cpp = packages / "label" / "runtime" / "cpp"
+    compiler = "clang++" if shutil.which("clang++") else "c++"
+    wrapped = ("OrtGetApiBase", "malloc", "calloc", "realloc")
+    for name, main in (
+        ("hooked", cpp / "src" / "main.cpp"),
+        ("count", NATIVE / "count_allocations.cpp"),
+    ):
+        compile_cpp(
+            sanitized / name,
+            [main, NATIVE / "hooks.cpp"],
+            *(f"-I{cpp}", f"-I{cpp / 'src'}", f"-I{NATIVE}", "-isystem", str(release / "include")),
+            *(*WARNINGS, "-fsanitize=address,undefined", str(sanitized / "libedgeqdm.a")),
+            *(f"-Wl,--wrap={function}" for function in wrapped),
+            *(f"-L{release / 'lib'}", f"-Wl,-rpath,{release / 'lib'}", "-lonnxruntime"),
+            compiler=compiler,
+        )
+    return sanitized
+
+
+def test_steps_allocate_nothing_outside_of_onnx_runtime(hooked: Path, packages: Path) -> None:
+    done = run(hooked / "count", packages / "label", "50")
+    assert done.exit_code == 0, done.errors
+    counted_at_all, steps, allocated = map(int, done.output.split())
+    assert counted_at_all > 0
+    assert steps >= 50
+    assert allocated == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "exit_code", "message"),
+    [
+        ({"EDGEQDM_TEST_VERSION": "1.26.9"}, 4, "ONNX Runtime 1.26.9 is too old, this package"),
+        ({"EDGEQDM_TEST_VERSION": "1.9"}, 4, "ONNX Runtime 1.9 is too old, this package needs 1."),
+        ({"EDGEQDM_TEST_NO_API": "1"}, 4, "does not have the interface 1."),
+        ({"EDGEQDM_TEST_RUN": "nan"}, 5, "the network gave NaN or infinity at step 1"),
+        ({"EDGEQDM_TEST_RUN": "fail"}, 10, "the network fails: first\n"),
+        ({"EDGEQDM_TEST_RUN": "memory"}, 9, "out of memory - draw fewer images at once"),
+    ],
+)
+def test_failing_library_is_one_line_and_leaves_nothing(
+    hooked: Path,
+    packages: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    exit_code: int,
+    message: str,
+) -> None:
+    options = ("--package", packages / "label", "--label", "1", "--out", "x.png")
+    found = run(hooked / "hooked", *options, cwd=tmp_path, environment=environment)
+    refused(found, exit_code, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_ends_with_130_and_leaves_nothing(
+    hooked: Path, packages: Path, tmp_path: Path
+) -> None:
+    options = ("--package", packages / "label", "--label", "1", "--out", "x.png")
+    asked = {"EDGEQDM_TEST_RUN": "interrupt"}
+    assert run(hooked / "hooked", *options, cwd=tmp_path, environment=asked) == Finished(
+        130, "", ""
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+class Library:
+    """libedgeqdm.so through its C ABI."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = ctypes.CDLL(str(path))
+        self.c.edgeqdm_message.restype = ctypes.c_char_p
+        self.c.edgeqdm_version.restype = ctypes.c_char_p
+        self.c.edgeqdm_close.restype = None
+
+    def open_memory(self, model: bytes, table: bytes, session: Any) -> int:
+        n_model, n_table = ctypes.c_size_t(len(model)), ctypes.c_size_t(len(table))
+        found: int = self.c.edgeqdm_open_memory(
+            model, n_model, table, n_table, None, ctypes.c_size_t(0), None, ctypes.byref(session)
+        )
+        return found
+
+    def begin(self, session: Any, labels: NDArray[np.int64]) -> int:
+        found: int = self.c.edgeqdm_begin(
+            session,
+            ctypes.c_uint64(7),
+            ctypes.c_uint32(0),
+            len(labels),
+            labels.ctypes.data_as(ctypes.c_void_p),
+            None,
+        )
+        return found
+
+    def latents(self, session: Any, n_images: int) -> tuple[int, Any]:
+        samples = np.zeros((n_images, 4, 8, 8), np.float32)
+        n = ctypes.c_size_t(samples.size)
+        return self.c.edgeqdm_latents(session, samples.ctypes.data_as(ctypes.c_void_p), n), samples
+
+
+@pytest.fixture
+def library(shared: Path) -> Library:
+    return Library(shared / "libedgeqdm.so")
+
+
+@pytest.fixture
+def session(library: Library, packages: Path) -> Any:
+    opened = ctypes.c_void_p()
+    model = (packages / "label" / "model.onnx").read_bytes()
+    table = (packages / "label" / "schedule.bin").read_bytes()
+    assert library.open_memory(model, table, opened) == 0
+    yield opened
+    library.c.edgeqdm_close(opened)
+
+
+PROGRESS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
+
+
+def test_package_in_memory_can_be_cancelled_and_goes_on(
+    library: Library, session: Any, packages: Path
+) -> None:
+    labels = np.array([0, 2, 1])
+    assert library.begin(session, labels) == 0
+    told: list[tuple[int, int]] = []
+
+    def stop(done: int, steps: int, _: Any) -> int:
+        told.append((done, steps))
+        return 1
+
+    assert library.c.edgeqdm_sample(session, PROGRESS(stop), None) == 130
+    assert told == [(1, STEPS)]
+    pixels = np.zeros(10, np.uint8)
+    places = (pixels.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(10))
+    assert library.c.edgeqdm_pixels(session, *places) == 3
+    assert library.c.edgeqdm_message(session) == b"there are steps left"
+    left = ctypes.c_uint32(99)
+    assert library.c.edgeqdm_step(session, ctypes.byref(left)) == 0
+    assert left.value == STEPS - 2
+    assert library.c.edgeqdm_sample(session, None, None) == 0
+    assert library.c.edgeqdm_step(session, ctypes.byref(left)) == 3
+    assert left.value == STEPS - 2
+    status, found = library.latents(session, 3)
+    expected = expected_samples(packages / "label", labels)
+    assert status == 0
+    assert np.abs(found - expected).max() <= SAMPLES * np.abs(expected).max()
+
+
+def test_sessions_share_nothing(library: Library, session: Any, packages: Path) -> None:
+    other, package = ctypes.c_void_p(), packages / "corrected"
+    model, table = (package / "model.onnx").read_bytes(), (package / "schedule.bin").read_bytes()
+    assert library.open_memory(model, table, other) == 0
+    labels = {"label": np.array([0, 2]), "corrected": np.array([1])}
+    drawn = {"label": session, "corrected": other}
+    for kind, each in drawn.items():
+        assert library.begin(each, labels[kind]) == 0
+    for _ in range(STEPS):
+        for each in drawn.values():
+            assert library.c.edgeqdm_step(each, None) == 0
+    for kind, each in drawn.items():
+        status, found = library.latents(each, len(labels[kind]))
+        expected = expected_samples(packages / kind, labels[kind])
+        assert status == 0
+        assert np.abs(found - expected).max() <= SAMPLES * np.abs(expected).max()
+    library.c.edgeqdm_close(other)
+
+
+def test_misuse_is_a_status_and_touches_nothing(
+    library: Library, session: Any, packages: Path
+) -> None:
+    c, kept = library.c, ctypes.c_void_p(1234)
+    assert library.open_memory(b"nothing", b"nothing", kept) == 8
+    assert kept.value == 1234
+    assert c.edgeqdm_open(None, None, ctypes.byref(kept)) == 3
+    assert c.edgeqdm_open(str(packages).encode(), None, ctypes.byref(kept)) == 8
+    assert kept.value == 1234
+    for call in (c.edgeqdm_step, c.edgeqdm_describe):
+        assert call(None, None) == 3
+    assert c.edgeqdm_message(None) == b"the session is NULL"
+    assert c.edgeqdm_step(session, None) == 3
+    assert c.edgeqdm_message(session) == b"nothing has been begun"
+    assert library.begin(session, np.array([0, 3])) == 3
+    assert c.edgeqdm_message(session) == b"label 3 is out of range 0..2"
+    assert c.edgeqdm_step(session, None) == 3
+    assert library.begin(session, np.array([0])) == 0
+    assert c.edgeqdm_message(session) == b""
+    status, samples = library.latents(session, 2)
+    assert (status, samples.any()) == (3, False)
+    assert c.edgeqdm_self_test(session, None, ctypes.c_size_t(3), None, None) == 3
+    c.edgeqdm_close(None)
+
+
+def test_shared_library_shows_its_c_functions_only(shared: Path) -> None:
+    library = shared / "libedgeqdm.so"
+    done = subprocess.run(
+        ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
+    )
+    names = {line.split()[-1].partition("@")[0] for line in done.stdout.splitlines()}
+    # Instantiations of the standard library stay visible, by its own wish.
+    assert [name for name in names if name.startswith("_ZN7edgeqdm")] == []
+    assert all(name.startswith("edgeqdm_") for name in names if not name.startswith("_Z"))
+
+
+def test_build_without_onnx_runtime_says_what_to_give(packages: Path, tmp_path: Path) -> None:
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler")
+    source = packages / "label" / "runtime" / "cpp"
+    command = ["cmake", "-S", str(source), "-B", str(tmp_path), "-DONNXRUNTIME_ROOT=/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "onnxruntime_c_api.h is not in '/nowhere/include'" in " ".join(done.stderr.split())
