@@ -8,7 +8,7 @@
 #
 # Needs apt-get, dpkg-deb and pip; works without root. The tests look in build/native of the
 # repository and in $EDGEQDM_NATIVE_DEPS. PYTHON names the interpreter, default python3; ONNXRUNTIME
-# what pip is asked for, e.g. onnxruntime==1.31.1, default the newest.
+# what pip is asked for, default the version in constraints.txt.
 set -eu
 
 [ $# -eq 1 ] || { echo "usage: $0 DEST" >&2; exit 2; }
@@ -17,7 +17,12 @@ dest=$(cd "$1" && pwd)
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+here=$(cd "$(dirname "$0")" && pwd)
+pinned=$(sed -n 's/^onnxruntime==/onnxruntime==/p' "$here/../constraints.txt")
+# The first of the system's own sources; another release of Debian is on the same mirror.
+mirror=$(apt-get indextargets --format '$(ORIGIN) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
+    sed -n 's/^Debian main //p' | head -n 1)
+[ -n "$mirror" ] || { echo "$0: no Debian source in /etc/apt, run apt-get update first" >&2; exit 4; }
 
 # Lists and cache of their own: those of the system stay as they are.
 mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/etc" "$work/deb"
@@ -36,7 +41,7 @@ cp -R "$work/dev/usr/include/onnxruntime" "$dest/include"
 
 "$python" -m pip download -q --no-deps --only-binary=:all: \
     --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
-    --dest "$work/wheel" "${ONNXRUNTIME:-onnxruntime}"
+    --dest "$work/wheel" "${ONNXRUNTIME:-$pinned}"
 rm -rf "$dest/lib-aarch64"
 mkdir -p "$dest/lib-aarch64"
 "$python" - "$work"/wheel/onnxruntime-*.whl "$dest/lib-aarch64" <<'END'
