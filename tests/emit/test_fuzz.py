@@ -19,7 +19,8 @@ from edgeqdm.testing.schedules import LABELS, PARTS, random_schedule
 
 NATIVE = Path(__file__).parents[1] / "native"
 PARSED = ("files", "json", "manifest", "sha256", "solver", "table", "tensors")
-SECONDS = 1
+SECONDS = int(os.environ.get("EDGEQDM_FUZZ_SECONDS", "1"))
+"""Of each fuzzer; `.ci/slow` asks for more."""
 
 
 @pytest.fixture(scope="module")
