@@ -154,18 +154,21 @@ def attention_to_onnx(
     Its form [B, L, H D] is that of the layers around it: what turns the heads here is undone by
     what turned them there.
     """
-    if dropout_p or is_causal or enable_gqa or attn_mask is not None:
+    if dropout_p or is_causal or enable_gqa:
         raise UnsupportedError(
             "EQ-4434",
-            "attention with a mask, dropout or fewer key heads has no form here",
-            hint="drop the mask where it masks nothing",
+            "causal attention, with dropout or with fewer key heads has no form here",
+            hint="give the mask as a tensor, or leave the options out",
         )
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    if attn_mask is not None:
+        return _masked_attention(query, key, value, attn_mask, factor)
     heads, width = query.shape[1], query.shape[3]
     flat, apart = (
         _constant(np.array([0, -1, *last], np.int64)) for last in ([heads * width], [heads, width])
     )
     q, k, v = (op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), flat) for x in (query, key, value))
-    y = _multi_head_attention()(q, k, v, num_heads=heads, scale=scale or width**-0.5)
+    y = _multi_head_attention()(q, k, v, num_heads=heads, scale=factor)
     return op.Transpose(op.Reshape(y, apart), perm=[0, 2, 1, 3])
 
 
@@ -194,6 +197,15 @@ def qlinear_dynamic_to_onnx(
             accuracy_level=ON_INTEGERS,
         )
     return y if bias is None else op.Add(y, bias)
+
+
+def _masked_attention(query: Any, key: Any, value: Any, mask: Any, factor: float) -> Any:
+    if mask.dtype == onnx_ir.DataType.BOOL:
+        none, minus = (_constant(np.array(v, np.float32)) for v in (0, -np.inf))
+        mask = op.Where(mask, none, minus)
+    scaled = op.Mul(query, _constant(np.array(factor, np.float32)))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
 
 
 def _multi_head_attention() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -249,7 +250,7 @@ def test_a_float_convolution_has_its_weight_in_its_branch(merged: Merged) -> Non
 
 def test_what_phases_have_in_common_is_not_in_a_branch(merged: Merged) -> None:
     outer, *inner = graphs(merged.model.graph)
-    common = {"InstanceNormalization", "Softmax", "Concat", "Resize"}
+    common = {"InstanceNormalization", "MultiHeadAttention", "Concat", "Resize"}
     assert {node.op_type for node in outer.node} >= common
     assert not {node.op_type for branch in inner for node in branch.node} & common
 
@@ -349,8 +350,13 @@ def test_a_package_stores_what_its_phases_store_and_nothing_large_twice(
     expected = contents(*(each.model for each in apart))
     tables = [t for t in merged.stored if t.data_type == TensorProto.BOOL]
     expected |= {content(t): numpy_helper.to_array(t).nbytes for t in tables}
-    # A variant has its scales at the steps that use it, and each graph alone has them all.
-    assert contents(merged.model) == expected
+    found = contents(merged.model)
+
+    def large(tensors: dict[Any, int]) -> dict[Any, int]:
+        # Biases that a graph adds to each other, of at most 16 channels, it stores as their sum.
+        return {key: n for key, n in tensors.items() if n > 4 * 16}
+
+    assert large(found) == large(expected)
     again = sum(numpy_helper.to_array(t).nbytes for t in merged.stored) - sum(
         numpy_helper.to_array(t).nbytes for t in {content(t): t for t in merged.stored}.values()
     )
