@@ -307,12 +307,10 @@ def finish(model: onnx.ModelProto) -> onnx.ModelProto:
     The exporter attaches source text and local paths to every node; they do not ship.
     """
     graph = onnx_ir.from_proto(model)
-    for apply in (
-        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        ir_passes.DeduplicateInitializersPass(),
-        ir_passes.CommonSubexpressionEliminationPass(),
-    ):
-        apply(graph)
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    # One tensor for equal ones, then one node: layers that are fed alike quantize it once.
+    ir_passes.DeduplicateInitializersPass()(graph)
+    ir_passes.CommonSubexpressionEliminationPass()(graph)
     join_biases(graph.graph)
     ir_passes.RemoveUnusedNodesPass()(graph)
     finished = onnx_ir.to_proto(graph)

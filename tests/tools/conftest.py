@@ -167,3 +167,9 @@ def exact_profile(denoiser: Denoiser, *, n_mixed: int = 4) -> LatencyProfile:
 @pytest.fixture(scope="module")
 def profile(denoiser: Denoiser) -> LatencyProfile:
     return exact_profile(denoiser)
+
+
+@pytest.fixture(scope="module")
+def forms(ablation: ModuleType) -> ModuleType:
+    """After `ablation`, which it imports."""
+    return load_tool("ort_forms")
