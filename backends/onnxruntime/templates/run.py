@@ -31,7 +31,10 @@ import playback  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1
-EXIT_INPUT, EXIT_OUTPUT, EXIT_VERIFY, EXIT_RESOURCE, EXIT_INTERNAL = 3, 7, 8, 9, 10
+EXIT_INPUT, EXIT_UNSUPPORTED, EXIT_OUTPUT = 3, 4, 7
+EXIT_VERIFY, EXIT_RESOURCE, EXIT_INTERNAL = 8, 9, 10
+OLDEST_RUNTIME = (1, 23)
+"""Of onnxruntime. 1.22 lacks a cast of 4-bit integers."""
 
 
 class RunError(Exception):
@@ -83,8 +86,17 @@ def is_sealed(data: bytes, seal: str) -> bool:
     return hashlib.sha256(data.replace(digits, b"0" * 64)).hexdigest() == seal
 
 
+def check_runtime() -> None:
+    """Raise RunError where onnxruntime is too old for these graphs."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) < OLDEST_RUNTIME:
+        oldest = ".".join(map(str, OLDEST_RUNTIME))
+        reason = f"onnxruntime {ort.__version__} is too old, this package needs {oldest} or newer"
+        raise RunError(EXIT_UNSUPPORTED, f"{reason} - pip install --upgrade onnxruntime")
+
+
 def open_network(package: Path, threads: int) -> playback.Evaluate:
     """The graph as a function of (scaled sample, step, conditioning)."""
+    check_runtime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -82,7 +82,7 @@ class Arm:
     library: Path
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        paths = f"LD_LIBRARY_PATH=/lib:{self.library}"
+        paths = f"LD_LIBRARY_PATH=/lib,EDGEQDM_ONNXRUNTIME={self.library}"
         emulator = ["qemu-aarch64-static", "-cpu", CPU, "-L", str(self.prefix), "-E", paths]
         command = [*emulator, str(self.tool), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -115,12 +115,11 @@ def arm(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Arm:
         pytest.skip(f"not installed: {', '.join(missing) or SYSROOT}")
     source = packages / "w8a8" / "runtime" / "cpp"
     folder = tmp_path_factory.mktemp("arm")
-    library = deps / "lib-aarch64"
+    library = deps / "lib-aarch64" / "libonnxruntime.so"
     configure = ["cmake", "-S", str(source), "-B", str(folder / "build"), "-DEDGEQDM_WERROR=ON"]
     configure += [
         f"-DCMAKE_TOOLCHAIN_FILE={source / 'toolchains' / 'aarch64-linux.cmake'}",
         f"-DONNXRUNTIME_INCLUDE={deps / 'include'}",
-        f"-DONNXRUNTIME_LIB={library / 'libonnxruntime.so'}",
     ]
     for command in (configure, ["cmake", "--build", str(folder / "build"), "-j1"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

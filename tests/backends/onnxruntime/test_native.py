@@ -599,7 +599,9 @@ def hooked(sanitized: Path, packages: Path, release: Path) -> Path:
     ):
         compile_cpp(
             sanitized / name,
-            [main, NATIVE / "hooks.cpp"],
+            # In place of the library's own, which would load what cannot be wrapped.
+            [main, NATIVE / "hooks.cpp", cpp / "src" / "onnxruntime_library.cpp"],
+            "-DEDGEQDM_LINK_ONNXRUNTIME",
             *(f"-I{cpp}", f"-I{cpp / 'src'}", f"-I{NATIVE}", "-isystem", str(release / "include")),
             *(*WARNINGS, "-fsanitize=address,undefined", str(sanitized / "libedgeqdm.a")),
             *(f"-Wl,--wrap={function}" for function in wrapped),
@@ -621,7 +623,7 @@ def test_steps_allocate_nothing_outside_of_onnx_runtime(hooked: Path, packages: 
 @pytest.mark.parametrize(
     ("environment", "exit_code", "message"),
     [
-        ({"EDGEQDM_TEST_VERSION": "1.26.9"}, 4, "ONNX Runtime 1.26.9 is too old, this package"),
+        ({"EDGEQDM_TEST_VERSION": "1.22.9"}, 4, "ONNX Runtime 1.22.9 is too old, this package"),
         ({"EDGEQDM_TEST_VERSION": "1.9"}, 4, "ONNX Runtime 1.9 is too old, this package needs 1."),
         ({"EDGEQDM_TEST_NO_API": "1"}, 4, "does not have the interface 1."),
         ({"EDGEQDM_TEST_RUN": "nan"}, 5, "the network gave NaN or infinity at step 1"),
@@ -787,6 +789,38 @@ def test_shared_library_shows_its_c_functions_only(shared: Path) -> None:
     # Instantiations of the standard library stay visible, by its own wish.
     assert [name for name in names if name.startswith("_ZN7edgeqdm")] == []
     assert all(name.startswith("edgeqdm_") for name in names if not name.startswith("_Z"))
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+@pytest.mark.parametrize("wrong", ["missing", "other", "old"])
+def test_a_library_that_cannot_be_used_is_named(
+    sanitized: Path, packages: Path, release: Path, tmp_path: Path, wrong: str, how: str
+) -> None:
+    library = {"missing": tmp_path / "no.so", "other": "libm.so.6"}.get(wrong)
+    message = {"missing": "no.so", "other": "OrtGetApiBase"}.get(wrong, "1.22.0 is too old")
+    if library is None:
+        library, source = tmp_path / "old.so", tmp_path / "old.cpp"
+        source.write_text(
+            "#include <onnxruntime_c_api.h>\n"
+            'static const char* version() noexcept { return "1.22.0"; }\n'
+            "static const OrtApi* api(uint32_t) noexcept { return nullptr; }\n"
+            "static const OrtApiBase base = {api, version};\n"
+            'extern "C" const OrtApiBase* OrtGetApiBase() noexcept { return &base; }\n'
+        )
+        compile_cpp(library, [source], "-shared", "-fPIC", "-isystem", str(release / "include"))
+    given = ["--library", str(library)] if how == "option" else []
+    environment = {} if how == "option" else {"EDGEQDM_ONNXRUNTIME": str(library)}
+    arguments = ("--package", packages / "label", "--self-test", *given)
+    found = run(sanitized / "edgeqdm-run", *arguments, environment=environment)
+    refused(found, 4, message)
+
+
+def test_a_library_is_named_by_its_file(shared: Path, packages: Path, release: Path) -> None:
+    """Before what the environment or the build says."""
+    library = str((release / "lib" / "libonnxruntime.so").resolve())
+    arguments = ("--package", packages / "label", "--self-test", "--library", library)
+    environment = {"EDGEQDM_ONNXRUNTIME": "/nowhere"}
+    assert run(shared / "edgeqdm-run", *arguments, environment=environment).exit_code == 0
 
 
 def test_build_without_onnx_runtime_says_what_to_give(packages: Path, tmp_path: Path) -> None:

@@ -77,6 +77,23 @@ def test_runtime_reads_the_manifests_that_are_written_with_it(runtime: ModuleTyp
     assert runtime.SCHEMA_VERSION == SCHEMA_VERSION
 
 
+@pytest.mark.parametrize("version", ["1.22.1", "1.9.0", "0.30.0"])
+def test_runtime_refuses_an_onnxruntime_that_is_too_old(
+    runtime: ModuleType, package: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(runtime.ort, "__version__", version)
+    with pytest.raises(runtime.RunError, match=f"onnxruntime {version} is too old") as caught:
+        runtime.open_network(package, 1)
+    assert caught.value.exit_code == UnsupportedError.exit_code
+
+
+def test_both_runtimes_ask_for_the_same_onnxruntime(runtime: ModuleType) -> None:
+    source = files("edgeqdm.backends.onnxruntime").joinpath("templates/cpp/src")
+    text = source.joinpath("onnxruntime_library.cpp").read_text()
+    oldest = ".".join(map(str, runtime.OLDEST_RUNTIME))
+    assert f'oldest_library = "{oldest}.0"' in text
+
+
 def test_runtime_accepts_an_untouched_package(runtime: ModuleType, package: Path) -> None:
     check_files(package)
     runtime.check_hashes(package)

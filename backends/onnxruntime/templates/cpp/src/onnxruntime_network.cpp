@@ -2,7 +2,6 @@
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,12 +9,10 @@
 #include "error.h"
 #include "files.h"
 #include "network.h"
+#include "onnxruntime_library.h"
 
 namespace edgeqdm {
 namespace {
-
-// Older libraries have not been tried with the integer kernels of these graphs.
-constexpr const char* oldest_library = "1.27.0";
 
 template <typename T>
 struct Release {
@@ -28,31 +25,6 @@ using Handle = std::unique_ptr<T, Release<T>>;
 template <typename T>
 Handle<T> handle(T* object, void(ORT_API_CALL* release)(T*)) {
   return Handle<T>(object, Release<T>{release});
-}
-
-std::array<unsigned, 3> parse_version(const char* text) {
-  std::array<unsigned, 3> parts{};
-  for (unsigned& part : parts) {
-    while (*text >= '0' && *text <= '9') part = 10 * part + static_cast<unsigned>(*text++ - '0');
-    if (*text++ != '.') break;
-  }
-  return parts;
-}
-
-const OrtApi& find_api() {
-  const OrtApiBase* base = OrtGetApiBase();
-  const std::string found = base->GetVersionString();
-  if (parse_version(found.c_str()) < parse_version(oldest_library)) {
-    throw Error(EDGEQDM_UNSUPPORTED, "ONNX Runtime " + found + " is too old, this package needs " +
-                                         oldest_library + " or newer");
-  }
-  const OrtApi* api = base->GetApi(ORT_API_VERSION);
-  if (api == nullptr) {
-    throw Error(EDGEQDM_UNSUPPORTED,
-                "ONNX Runtime " + found + " does not have the interface 1." +
-                    std::to_string(ORT_API_VERSION) + " that this program was built with");
-  }
-  return *api;
 }
 
 // One line of what the library says.
@@ -71,7 +43,9 @@ bool means_no_memory(const std::string& message) {
 class OnnxRuntimeNetwork final : public Network {
  public:
   OnnxRuntimeNetwork(const ModelSource& source, const Table& table, const NetworkOptions& options)
-      : Network(table), api_(find_api()) {
+      : Network(table),
+        library_(open_onnxruntime(options.library)),
+        api_(*library_.api) {
     OrtEnv* env = nullptr;
     // What the library would log of an error is in the status, too.
     check(api_.CreateEnv(ORT_LOGGING_LEVEL_FATAL, "edgeqdm", &env), EDGEQDM_INTERNAL, "");
@@ -143,8 +117,7 @@ class OnnxRuntimeNetwork final : public Network {
     check(api_.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_FATAL),
           EDGEQDM_INTERNAL, "");
     if (!asked.provider.empty()) append_provider(options.get(), asked.provider);
-    const std::string refused = std::string("onnxruntime ") +
-                                OrtGetApiBase()->GetVersionString() + " refuses model.onnx: ";
+    const std::string refused = "onnxruntime " + library_.version + " refuses model.onnx: ";
     OrtSession* session = nullptr;
     check(source.bytes != nullptr
               ? api_.CreateSessionFromArray(env_.get(), source.bytes, source.n_bytes,
@@ -242,6 +215,7 @@ class OnnxRuntimeNetwork final : public Network {
     return name == "embedding" && rank > 1 && of(floats, conditioning_shape_);
   }
 
+  OnnxRuntime library_;
   const OrtApi& api_;
   Handle<OrtEnv> env_;
   Handle<OrtMemoryInfo> memory_;

@@ -104,6 +104,7 @@ void open_model(edgeqdm_session& session, const edgeqdm::ModelSource& source,
   if (options.provider != nullptr && std::strcmp(options.provider, "cpu") != 0) {
     asked.provider = options.provider;
   }
+  if (options.library != nullptr) asked.library = options.library;
   session.network = edgeqdm::open_network(source, session.table, asked);
   session.sampler = std::make_unique<edgeqdm::Sampler>(session.table, session.null_embedding,
                                                        *session.network);

@@ -45,12 +45,13 @@ constexpr const char* help =
     "  --threads N       default 1\n"
     "  --columns N       images in a row of the sheet; default 10\n"
     "  --provider NAME   of ONNX Runtime, e.g. XNNPACK; default cpu\n"
+    "  --library FILE    of ONNX Runtime, e.g. libonnxruntime.so\n"
     "  --self-test       replay the golden run and exit\n"
     "  --quiet           no progress and no summary\n"
     "  --version\n";
 
 struct Arguments {
-  std::string package, out, latents, label, embedding, provider = "cpu";
+  std::string package, out, latents, label, embedding, library, provider = "cpu";
   bool has_label = false, has_count = false;
   std::uint64_t seed = 0;
   std::uint32_t count = 0, threads = 1, columns = 10;
@@ -157,6 +158,8 @@ void read_option(Reader& reader, Arguments& arguments) {
     arguments.has_label = true;
   } else if (option == "--embedding") {
     arguments.embedding = reader.value();
+  } else if (option == "--library") {
+    arguments.library = reader.value();
   } else if (option == "--provider") {
     arguments.provider = reader.value();
   } else if (option == "--seed") {
@@ -210,6 +213,7 @@ Session open_package(const std::string& folder, const Arguments& arguments) {
   edgeqdm_options options{};
   options.threads = static_cast<int>(arguments.threads);
   options.provider = arguments.provider.c_str();
+  if (!arguments.library.empty()) options.library = arguments.library.c_str();
   options.message = message;
   options.message_size = sizeof message;
   edgeqdm_session* session = nullptr;

@@ -56,6 +56,7 @@ std::size_t conditioning_size(const Table& table) noexcept;
 struct NetworkOptions {
   int threads = 1;
   std::string provider;  // "": the CPU's
+  std::string library;   // file of the runtime's library; "": where it is looked for
 };
 
 // A model in a file or in memory; `bytes` decides where it is not NULL.
