@@ -173,3 +173,9 @@ def profile(denoiser: Denoiser) -> LatencyProfile:
 def forms(ablation: ModuleType) -> ModuleType:
     """After `ablation`, which it imports."""
     return load_tool("ort_forms")
+
+
+@pytest.fixture(scope="module")
+def phases(forms: ModuleType) -> ModuleType:
+    """After `ort_forms`, which it imports."""
+    return load_tool("phases")
