@@ -6,11 +6,8 @@ Emulation shows that the numbers are right, and nothing of their speed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +24,11 @@ from edgeqdm.ir.plan import Phase
 from edgeqdm.ir.precision import FP32, W8A8, Precision
 from edgeqdm.quantize.plans import default_plan, float_plan
 from edgeqdm.quantize.quantizer import quantize
+from edgeqdm.testing.arm import Arm, build_for_arm, missing_for_arm
 from edgeqdm.testing.conformance import STEPS, small_denoiser
 from edgeqdm.testing.native import DEPS_VARIABLE, native_deps
 
 ROOT = Path(__file__).parents[3]
-TOOLS = ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64-static")
-SYSROOT = Path("/usr/aarch64-linux-gnu")
-CPU = "cortex-a76"
-# Dot products and half precision, as CPU has them: what is claimed here is executed there.
-FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"
 FLOAT = 1e-5
 """Largest difference of a float package, relative: sums in another order."""
 INTEGER = 0.03
@@ -73,58 +66,16 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A built tool, and how it is run here."""
-
-    tool: Path
-    prefix: Path
-    library: Path
-
-    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        paths = f"LD_LIBRARY_PATH=/lib,EDGEQDM_ONNXRUNTIME={self.library}"
-        emulator = ["qemu-aarch64-static", "-cpu", CPU, "-L", str(self.prefix), "-E", paths]
-        command = [*emulator, str(self.tool), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def write_prefix(folder: Path) -> Path:
-    """What the emulated program sees as its root: Arm's libraries and an Arm /proc/cpuinfo.
-
-    ONNX Runtime reads that file before `main`, and the host's, which is an x86's, ends it with a
-    signal.
-    """
-    (folder / "proc").mkdir(parents=True)
-    (folder / "lib").symlink_to(SYSROOT / "lib")
-    core = (
-        "processor\t: {}\nBogoMIPS\t: 50.00\nFeatures\t: " + FEATURES + "\n"
-        "CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\n"
-        "CPU part\t: 0xd0b\nCPU revision\t: 1\n\n"
-    )
-    (folder / "proc" / "cpuinfo").write_text("".join(map(core.format, range(os.cpu_count() or 1))))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def arm(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Arm:
     deps = native_deps(ROOT)
     if deps is None or not (deps / "lib-aarch64").is_dir():
         pytest.skip(f"no library for Arm: tools/native_deps.sh build/native, {DEPS_VARIABLE}")
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing or not SYSROOT.is_dir():
-        pytest.skip(f"not installed: {', '.join(missing) or SYSROOT}")
+    missing = missing_for_arm()
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
     source = packages / "w8a8" / "runtime" / "cpp"
-    folder = tmp_path_factory.mktemp("arm")
-    library = deps / "lib-aarch64" / "libonnxruntime.so"
-    configure = ["cmake", "-S", str(source), "-B", str(folder / "build"), "-DEDGEQDM_WERROR=ON"]
-    configure += [
-        f"-DCMAKE_TOOLCHAIN_FILE={source / 'toolchains' / 'aarch64-linux.cmake'}",
-        f"-DONNXRUNTIME_INCLUDE={deps / 'include'}",
-    ]
-    for command in (configure, ["cmake", "--build", str(folder / "build"), "-j1"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return Arm(folder / "build" / "edgeqdm-run", write_prefix(folder / "root"), library)
+    return build_for_arm(source, "edgeqdm-run", tmp_path_factory.mktemp("arm"), deps)
 
 
 def samples_here(package: Path, labels: Sequence[int]) -> NDArray[np.float32]:
