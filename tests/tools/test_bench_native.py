@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import typer
 from diffusers import DDPMScheduler
+from typer.testing import CliRunner
 
 from edgeqdm import __version__
 from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -34,7 +36,7 @@ from edgeqdm.emit.package import emit_package
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import DeploymentPlan, Phase
 from edgeqdm.ir.precision import FP32, W8A8
-from edgeqdm.ir.profile import BoundaryKind, Flag, LatencyProfile, is_sealed
+from edgeqdm.ir.profile import BoundaryKind, Flag, LatencyProfile, Timing, is_sealed
 from edgeqdm.profile import protocol
 from edgeqdm.profile.host import run_kit
 from edgeqdm.profile.kit import KitRequest, make_kit, read_results
@@ -881,6 +883,52 @@ def test_a_damaged_package_is_not_timed(sanitized: Path, package: Path, tmp_path
     flip(damaged / "model.onnx", 100)
     found = bench_of(sanitized, damaged, "--package")
     refused(found, 8, "package is damaged: model.onnx (changed)")
+
+
+# Against bench.py.
+
+
+def test_agreement_is_told_by_figure_and_gone_on_with(
+    built: Path, fresh: Path, native_agreement: ModuleType, tmp_path: Path
+) -> None:
+    tool, out = str(built / "edgeqdm-bench"), tmp_path / "out.json"
+    app = typer.Typer()
+    app.command()(native_agreement.main)
+    options = ["--kit", str(fresh), "--work", str(tmp_path / "work"), "--seconds", SECONDS]
+    for _ in range(2):
+        done = CliRunner().invoke(app, [tool, "-o", str(out), *options, "--pairs", "1"])
+        assert done.exit_code == 0, done.output
+        runs = {p.name: p.read_bytes() for p in (tmp_path / "work").glob("*-1-*.jsonl")}
+    assert len([name for name in runs if not name.startswith("environment")]) == 2
+    told = json.loads(out.read_text())
+    assert [row["what"] for row in told["rows"]][-2:] == ["phase 0 alone", "phase 0 among"]
+    assert told["summary"]["ratio"]["n"] == len(told["rows"]) == 5
+    assert told["commit"]
+    assert told["machine"]["cores"] == os.cpu_count()
+
+
+def test_agreement_is_the_ratio_of_medians_and_of_them_less_an_empty_graph(
+    native_agreement: ModuleType, finished: Path
+) -> None:
+    profile = read_results(finished, results_of(finished))
+
+    def times(factor: float, overhead: float) -> LatencyProfile:
+        """Every operation takes as long, an empty graph `overhead`."""
+
+        def us(value: float) -> Timing:
+            return Timing(median_us=value, p10_us=value, p90_us=value, ci95_us=(value, value), n=30)
+
+        entries = tuple(e.model_copy(update={"timing": us(factor)}) for e in profile.entries)
+        update = {"entries": entries, "overhead": us(overhead), "boundaries": (), "phase_costs": ()}
+        return profile.model_copy(update=update)
+
+    python, native = [times(104.0, 4.0), times(108.0, 4.0)], [times(81.0, 1.0), times(81.0, 1.0)]
+    found = native_agreement.agreement({"python": python, "native": native})
+    assert found["overhead_us"] == {"python": 4.0, "native": 1.0}
+    assert found["summary"]["ratio"]["median"] == pytest.approx(81 / 106)
+    assert found["summary"]["net"]["median"] == pytest.approx(80 / 102)
+    assert found["summary"]["python"]["median"] == pytest.approx(108 / 104)
+    assert found["summary"]["native"] == {"n": 2, "p10": 1.0, "median": 1.0, "p90": 1.0}
 
 
 # The build.

@@ -165,7 +165,12 @@ void run_kit(const bench::Options& options, const bench::Cpus& cpus) {
                              bench::real(header.field("max_seconds"), "max_seconds"),
                              bench::real(header.field("ci_target"), "ci_target")};
   ThisDevice device(kit, options, cpus, environment_path(out));
-  bench::Bench(kit, limits, results, device).run();
+  try {
+    bench::Bench(kit, limits, results, device).run();
+  } catch (const Error& error) {
+    if (error.status() != EDGEQDM_CANCELLED) throw;
+    throw Error(EDGEQDM_CANCELLED, "interrupted; the same command goes on");
+  }
   say(out + ": done");
 }
 
@@ -219,9 +224,7 @@ int main(int n, char** values) {
       run(options);
     }
   } catch (const Error& error) {
-    return fail(error.status(), error.status() == EDGEQDM_CANCELLED
-                                    ? "interrupted; the same command goes on"
-                                    : error.what());
+    return fail(error.status(), error.what());
   } catch (const std::bad_alloc&) {
     return fail(EDGEQDM_RESOURCE, "out of memory; end other programs and run again");
   } catch (const std::length_error&) {

@@ -73,9 +73,12 @@ class OnnxRuntimeGraph final : public Evaluation {
     if (status == nullptr) return;
     const std::string all = api_.GetErrorMessage(status);
     api_.ReleaseStatus(status);
-    const std::string message =
-        path_ + ": onnxruntime says: " + all.substr(0, std::min(all.find('\n'), std::size_t{300}));
-    throw Error(means_no_memory(all) ? EDGEQDM_RESOURCE : meaning, message);
+    const std::string said =
+        "onnxruntime says: " + all.substr(0, std::min(all.find('\n'), std::size_t{300}));
+    if (meaning == EDGEQDM_RESOURCE || means_no_memory(all)) {
+      throw Error(EDGEQDM_RESOURCE, path_ + ": out of memory; end other programs: " + said);
+    }
+    throw Error(meaning, path_ + ": " + said);
   }
 
   void prepare_library() {
@@ -131,32 +134,28 @@ class OnnxRuntimeGraph final : public Evaluation {
         throw Error(EDGEQDM_VERIFY, path_ + ": its input " + name.substr(0, 40) +
                                         " is not in kit.json; copy the kit again");
       }
-      void* data = given->integer ? zeros(given->size) : noise(given->size, stream++);
-      bind(*given, data);
+      bind(*given, stream++);
     }
   }
 
-  void* zeros(std::size_t size) {
-    integers_.emplace_back(size, std::int64_t{0});
-    return integers_.back().data();
-  }
-
-  void* noise(std::size_t size, std::uint32_t stream) {
-    floats_.emplace_back(size);
-    standard_normal(0, stream, 0, floats_.back().data(), size);
-    return floats_.back().data();
-  }
-
-  void bind(const Input& input, void* data) {
+  // In memory of the library, aligned as its own: a kernel's time may depend on that.
+  void bind(const Input& input, std::uint32_t stream) {
+    OrtAllocator* allocator = nullptr;
+    check(api_.GetAllocatorWithDefaultOptions(&allocator), EDGEQDM_INTERNAL);
     OrtValue* value = nullptr;
-    check(api_.CreateTensorWithDataAsOrtValue(
-              library_.memory.get(), data, input.size * (input.integer ? 8 : 4),
-              input.shape.data(), input.shape.size(),
-              input.integer ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
-                            : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-              &value),
-          EDGEQDM_INTERNAL);
+    check(api_.CreateTensorAsOrtValue(allocator, input.shape.data(), input.shape.size(),
+                                      input.integer ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                                                    : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                                      &value),
+          EDGEQDM_RESOURCE);
     values_.push_back({value, {api_.ReleaseValue}});
+    void* data = nullptr;
+    check(api_.GetTensorMutableData(value, &data), EDGEQDM_INTERNAL);
+    if (input.integer) {
+      std::fill_n(static_cast<std::int64_t*>(data), input.size, std::int64_t{0});
+    } else {
+      standard_normal(0, stream, 0, static_cast<float*>(data), input.size);
+    }
     check(api_.BindInput(binding_.get(), input.name.c_str(), value), EDGEQDM_VERIFY);
   }
 
@@ -170,10 +169,8 @@ class OnnxRuntimeGraph final : public Evaluation {
   Library& library_;
   const OrtApi& api_;
   const std::string path_;
-  // Released in reverse: the binding before the values and buffers that it points to.
+  // Released in reverse: the binding before the values that it points to.
   Handle<OrtSession> session_;
-  std::vector<std::vector<std::int64_t>> integers_;
-  std::vector<std::vector<float>> floats_;
   std::vector<Handle<OrtValue>> values_;
   Handle<OrtIoBinding> binding_;
 };
