@@ -49,6 +49,8 @@ from edgeqdm.testing.native import DEPS_VARIABLE, native_deps
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tools" / "bench_native"
 SECONDS = "0.02"
+LONGER = "0.15"
+"""So that a run is still at work when a busy machine comes to stop it."""
 GRAPHS = 7
 """Of the kit, the reference with it."""
 
@@ -549,7 +551,7 @@ def wait_for_lines(tool: subprocess.Popen[Any], file: Path, n: int) -> None:
 
 
 def stopped(built: Path, kit: Path, lines: int, sent: signal.Signals) -> subprocess.Popen[str]:
-    command = [str(built / "edgeqdm-bench"), str(kit), "--seconds", SECONDS]
+    command = [str(built / "edgeqdm-bench"), str(kit), "--seconds", LONGER]
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as tool:
         wait_for_lines(tool, results_of(kit), lines)
@@ -560,12 +562,12 @@ def stopped(built: Path, kit: Path, lines: int, sent: signal.Signals) -> subproc
 
 def test_it_goes_on_after_it_was_killed_again_and_again(built: Path, fresh: Path) -> None:
     before = b""
-    for lines in (1, 2, 4, 9, 14):
+    for lines in (1, 2, 4, 9):
         assert stopped(built, fresh, lines, signal.SIGKILL).returncode == -9
         after = results_of(fresh).read_bytes()
         assert after.startswith(before[: before.rfind(b"\n") + 1])
         before = after
-    assert bench_of(built, fresh).exit_code == 0
+    assert bench_of(built, fresh, "--seconds", LONGER).exit_code == 0
     assert is_sealed(read_results(fresh, results_of(fresh)))
 
 
@@ -575,7 +577,7 @@ def test_an_interrupt_leaves_results_that_are_gone_on_with(built: Path, fresh: P
     assert tool.said.endswith("error: interrupted; the same command goes on\n")  # type: ignore[attr-defined]
     data = results_of(fresh).read_bytes()
     assert data.endswith(b"]}\n")
-    assert bench_of(built, fresh).exit_code == 0
+    assert bench_of(built, fresh, "--seconds", LONGER).exit_code == 0
     assert results_of(fresh).read_bytes().startswith(data)
 
 
