@@ -1,6 +1,6 @@
 // What the benchmark tool decides, on made-up times: tests compare it with the Python tool.
 //
-//   bench-probe intervals           lines of numbers on stdin: interval, median and whether finished
+//   bench-probe intervals           of lines of numbers on stdin: interval, median, p25, the end
 //   bench-probe measure KIT OUT HEADER SECONDS MAX_SECONDS
 //                                   times the kit with times out of a formula
 //   bench-probe processor ROOT MACHINE

@@ -550,20 +550,21 @@ def wait_for_lines(tool: subprocess.Popen[Any], file: Path, n: int) -> None:
         time.sleep(0.001)
 
 
-def stopped(built: Path, kit: Path, lines: int, sent: signal.Signals) -> subprocess.Popen[str]:
+def stopped(built: Path, kit: Path, lines: int, sent: signal.Signals) -> Finished:
+    """A run that gets a signal once its results have so many lines."""
     command = [str(built / "edgeqdm-bench"), str(kit), "--seconds", LONGER]
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as tool:
         wait_for_lines(tool, results_of(kit), lines)
         tool.send_signal(sent)
-        _, tool.said = tool.communicate()  # type: ignore[attr-defined]
-    return tool
+        _, errors = tool.communicate()
+    return Finished(tool.returncode, "", errors)
 
 
 def test_it_goes_on_after_it_was_killed_again_and_again(built: Path, fresh: Path) -> None:
     before = b""
     for lines in (1, 2, 4, 9):
-        assert stopped(built, fresh, lines, signal.SIGKILL).returncode == -9
+        assert stopped(built, fresh, lines, signal.SIGKILL).exit_code == -9
         after = results_of(fresh).read_bytes()
         assert after.startswith(before[: before.rfind(b"\n") + 1])
         before = after
@@ -572,9 +573,7 @@ def test_it_goes_on_after_it_was_killed_again_and_again(built: Path, fresh: Path
 
 
 def test_an_interrupt_leaves_results_that_are_gone_on_with(built: Path, fresh: Path) -> None:
-    tool = stopped(built, fresh, 3, signal.SIGINT)
-    assert tool.returncode == 130
-    assert tool.said.endswith("error: interrupted; the same command goes on\n")  # type: ignore[attr-defined]
+    refused(stopped(built, fresh, 3, signal.SIGINT), 130, "interrupted; the same command goes on")
     data = results_of(fresh).read_bytes()
     assert data.endswith(b"]}\n")
     assert bench_of(built, fresh, "--seconds", LONGER).exit_code == 0
@@ -887,7 +886,9 @@ def test_a_damaged_package_is_not_timed(sanitized: Path, package: Path, tmp_path
     damaged = Path(shutil.copytree(package, tmp_path / "package"))
     flip(damaged / "model.onnx", 100)
     found = bench_of(sanitized, damaged, "--package")
-    refused(found, 8, "package is damaged: model.onnx (changed)")
+    refused(
+        found, 8, f"{damaged}: package is damaged: model.onnx (changed); copy the package again"
+    )
 
 
 # Against bench.py.

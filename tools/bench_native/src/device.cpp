@@ -254,7 +254,8 @@ void pin(const Cpus& cpus, const Cpus& allowed, unsigned threads) {
   for (unsigned cpu : cpus) {
     if (std::find(allowed.begin(), allowed.end(), cpu) == allowed.end()) {
       throw Error(EDGEQDM_INPUT, "CPU " + std::to_string(cpu) + " is not one of those that this "
-                                     "process may use: " + listed(allowed) + "; give --cpus others");
+                                     "process may use: " + listed(allowed) +
+                                     "; give --cpus others");
     }
   }
   if (cpus.size() < threads) {
@@ -304,7 +305,8 @@ std::string reading_text(const Reading& reading, double reference_us, const std:
     list += (list.empty() ? "" : ",") + entry;
   };
   for (const Zone& zone : reading.zones) {
-    add(zones, "{\"name\":" + quoted(zone.name) + ",\"celsius\":" + number_text(zone.celsius) + "}");
+    add(zones, "{\"name\":" + quoted(zone.name) + ",\"celsius\":" + number_text(zone.celsius) +
+                   "}");
   }
   for (const Frequency& each : reading.frequencies) {
     add(frequencies, "{\"cpu\":" + std::to_string(each.cpu) + ",\"khz\":" +

@@ -31,7 +31,8 @@ const OrtApi& find_api() {
   if (api == nullptr) {
     throw Error(EDGEQDM_UNSUPPORTED, "ONNX Runtime " + found + " does not have the interface 1." +
                                          std::to_string(ORT_API_VERSION) +
-                                         " that this program was built with; bring a newer library");
+                                         " that this program was built with; bring a newer "
+                                         "library");
   }
   return *api;
 }

@@ -31,13 +31,26 @@ constexpr double warm_seconds = 0.01;
 
 void require(const std::string& folder, const Manifest& manifest, const char* name) {
   if (manifest.files.count(name) != 0) return;
-  throw Error(EDGEQDM_VERIFY, folder + "/" + name + ": not in the manifest; emit the package again");
+  throw Error(EDGEQDM_VERIFY,
+              folder + "/" + name + ": not in the manifest; emit the package again");
 }
 
 Bytes read_part(const std::string& folder, const Manifest& manifest, const char* name,
                 std::uint64_t limit) {
   require(folder, manifest, name);
   return read_file(folder + "/" + name, limit, EDGEQDM_VERIFY);
+}
+
+Manifest checked_manifest(const std::string& folder) {
+  if (::access((folder + "/manifest.json").c_str(), F_OK) != 0) {
+    throw Error(EDGEQDM_INPUT, folder + " holds no manifest.json; name a package, or leave "
+                                        "--package out for a kit");
+  }
+  try {
+    return check_package(folder);
+  } catch (const Error& error) {
+    throw Error(error.status(), folder + ": " + error.what() + "; copy the package again");
+  }
 }
 
 // First steps of the phases, ascending from 0.
@@ -58,11 +71,7 @@ std::vector<std::uint32_t> parse_starts(const Bytes& data, std::uint32_t steps) 
 class Package {
  public:
   Package(const std::string& folder, unsigned threads) {
-    if (::access((folder + "/manifest.json").c_str(), F_OK) != 0) {
-      throw Error(EDGEQDM_INPUT, folder + " holds no manifest.json; name a package, or leave "
-                                          "--package out for a kit");
-    }
-    const Manifest manifest = check_package(folder);
+    const Manifest manifest = checked_manifest(folder);
     table_bytes_ = read_part(folder, manifest, "schedule.bin", max_table_bytes);
     const TableStatus status = table_open(table_bytes_.data(), table_bytes_.size(), &table_);
     if (status != TableStatus::ok) {
