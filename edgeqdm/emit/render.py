@@ -54,10 +54,14 @@ def cpp_runtime(schedule: ScheduleFile) -> dict[str, str]:
     A target adds what runs its network, and the build file.
     """
     found = dict(cpp_sources(files("edgeqdm.emit").joinpath("templates/cpp")))
-    rendered = {"edgeqdm.h": _header(), "src/table_layout.h": _layout()}
-    rendered["edgeqdm_table.h"] = _table_header(schedule)
+    rendered = {**cpp_headers(), "edgeqdm_table.h": _table_header(schedule)}
     kept = {name: text for name, text in found.items() if not name.endswith(_TEMPLATE)}
     return {f"{CPP_FOLDER}/{name}": text for name, text in sorted({**kept, **rendered}.items())}
+
+
+def cpp_headers() -> dict[str, str]:
+    """Headers that are rendered and the same in every package, by path below `runtime/cpp`."""
+    return {"edgeqdm.h": _header(), "src/table_layout.h": _layout()}
 
 
 def cpp_sources(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, str]]:

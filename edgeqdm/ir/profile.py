@@ -208,6 +208,18 @@ class Runtime(Record):
     version: Text
 
 
+class Environment(Record):
+    """What the tool that measured could see of the device, beside the times."""
+
+    tool: Text
+    cpus: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """It ran on, ascending."""
+    max_khz: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Highest frequencies of these CPUs, each once; none where the system does not tell."""
+    governors: tuple[Text, ...] = ()
+    """Of their frequency, each once, when the measurement began."""
+
+
 class Protocol(Record):
     """How it was measured."""
 
@@ -245,6 +257,8 @@ class LatencyProfile(Record):
     boundaries: tuple[BoundaryCost, ...] = ()
     wholes: tuple[WholeGraph, ...] = ()
     phase_costs: tuple[PhaseCost, ...] = Field(default=(), exclude_if=operator.not_)
+    environment: Environment | None = Field(default=None, exclude_if=operator.not_)
+    """None where the tool did not tell, as bench.py."""
     payload_sha256: str = UNSEALED_PROFILE
     """SHA-256 of the canonical JSON with this field zeroed."""
 
@@ -368,6 +382,7 @@ class KitHeader(Record):
     seconds: float = Field(gt=0)
     max_seconds: float = Field(gt=0)
     flags: tuple[Flag, ...] = ()
+    environment: Environment | None = None
 
 
 class KitSamples(Record):

@@ -186,20 +186,14 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
     It is as old as the older of the two.
 
     Raises:
-        InputError: EQ-3525, if they are of different devices, runtimes, threads or modes; names
-            what differs.
+        InputError: EQ-3525, if they are of different devices, runtimes, threads, modes or CPUs;
+            names what differs.
     """
     same = ("target", "device", "runtime", "threads", "power_mode")
-    differing = [field for field in same if getattr(old, field) != getattr(new, field)]
-    if differing:
-        field = differing[0]
-        raise InputError(
-            "EQ-3525",
-            f"two profiles of different {field}: {getattr(old, field)!r} and "
-            f"{getattr(new, field)!r}",
-            path=field,
-            hint="keep them apart",
-        )
+    for field in same:
+        _check_same(field, getattr(old, field), getattr(new, field))
+    if old.environment is not None and new.environment is not None:
+        _check_same("cpus", old.environment.cpus, new.environment.cpus)
     if datetime.fromisoformat(new.created) < datetime.fromisoformat(old.created):
         old, new = new, old
     entries = {(e.key, e.precision): e for e in (*old.entries, *new.entries)}
@@ -218,3 +212,13 @@ def merged(old: LatencyProfile, new: LatencyProfile) -> LatencyProfile:
             }
         )
     )
+
+
+def _check_same(field: str, old: object, new: object) -> None:
+    if old != new:
+        raise InputError(
+            "EQ-3525",
+            f"two profiles of different {field}: {old!r} and {new!r}",
+            path=field,
+            hint="keep them apart",
+        )

@@ -433,6 +433,7 @@ def _profile(manifest: KitManifest, header: KitHeader, rounds: Rounds) -> Latenc
             reference_us=tuple(reference),
         ),
         flags=(*header.flags, *slowed),
+        environment=header.environment,
         overhead=timing(by_role["overhead"][0]),
         entries=tuple(
             LatencyEntry(

@@ -23,6 +23,7 @@ from edgeqdm.ir.profile import (
     BoundaryCost,
     BoundaryKind,
     Device,
+    Environment,
     Flag,
     KitGraph,
     KitHeader,
@@ -118,6 +119,7 @@ def example_profile() -> LatencyProfile:
             boundaries=(quantize,),
             wholes=(whole,),
             phase_costs=(phases,),
+            environment=Environment(tool="edgeqdm-bench 0.1.0", cpus=(0, 1)),
         )
     )
 
@@ -469,14 +471,16 @@ def test_a_layer_in_fp32_and_one_left_out_are_the_same_network() -> None:
         assert len(parse_record(data, LatencyProfile, name="x").wholes) == 2
 
 
-def test_a_profile_from_before_phases_were_timed_is_as_it_was_sealed() -> None:
+@pytest.mark.parametrize("absent", [("phase_costs", "environment"), ("environment",)])
+def test_a_profile_from_before_a_field_is_as_it_was_sealed(absent: tuple[str, ...]) -> None:
     document = json.loads(STORED)
-    del document["phase_costs"]
+    for field in absent:
+        del document[field]
     document["payload_sha256"] = "0" * 64
     text = json.dumps(document, sort_keys=True, indent=1, separators=(",", ": ")) + "\n"
     document["payload_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     found = parse_record(json.dumps(document).encode(), LatencyProfile, name="x")
-    assert found.phase_costs == ()
+    assert found.environment is None
     assert is_sealed(found)
 
 
@@ -629,3 +633,33 @@ def test_a_header_without_sense_is_refused(changes: dict[str, Any]) -> None:
     KitHeader(**fields)
     with pytest.raises(ValidationError):
         KitHeader(**(fields | changes))
+
+
+ENVIRONMENT = {
+    "tool": "edgeqdm-bench 0.1.0",
+    "cpus": [4, 7],
+    "max_khz": [2900000, 2400000],
+    "governors": ["performance"],
+}
+
+
+def test_a_profile_says_on_which_cpus_it_was_measured_where_the_tool_told() -> None:
+    environment = parse_record(json.dumps(ENVIRONMENT).encode(), Environment, name="x")
+    told = sealed_profile(PROFILE.model_copy(update={"environment": environment}))
+    assert parse_record(dump_record(told), LatencyProfile, name="x") == told
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cpus": []},
+        {"cpus": [-1]},
+        {"max_khz": [0]},
+        {"governors": ["two\nlines"]},
+        {"tool": ""},
+        {"celsius": 40.0},
+    ],
+)
+def test_an_environment_without_sense_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        parse_record(json.dumps(ENVIRONMENT | changes).encode(), Environment, name="x")

@@ -19,6 +19,7 @@ from edgeqdm.ir.profile import (
     BoundaryCost,
     BoundaryKind,
     Device,
+    Environment,
     Flag,
     LatencyEntry,
     LatencyProfile,
@@ -449,3 +450,13 @@ def test_profiles_of_different_devices_are_kept_apart(field: str, value: Any) ->
     assert caught.value.path == field
     assert caught.value.message.startswith(f"two profiles of different {field}: ")
     assert str(caught.value).isprintable()
+
+
+def test_profiles_of_different_cpus_of_a_device_are_kept_apart() -> None:
+    big, little = (Environment(tool="edgeqdm-bench 0.1.0", cpus=cpus) for cpus in ((6, 7), (0, 1)))
+    with pytest.raises(InputError, match="EQ-3525") as caught:
+        merged(profile_of(environment=big), profile_of(environment=little))
+    assert caught.value.path == "cpus"
+    newer = profile_of(environment=big, created="2026-08-02T12:00:00Z")
+    # A tool that does not tell its CPUs may have used these.
+    assert merged(profile_of(), newer).environment == big

@@ -66,6 +66,12 @@ def scale() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def native_agreement(scale: ModuleType) -> ModuleType:
+    """After `scale`, which it imports."""
+    return load_tool("native_agreement")
+
+
+@pytest.fixture(scope="module")
 def searches(ablation: ModuleType, peers: ModuleType) -> ModuleType:
     """After the two it imports."""
     return load_tool("search")

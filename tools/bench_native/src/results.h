@@ -1,0 +1,58 @@
+// A results file: a header, then one line per graph and round. It is whole after every line, held
+// by one process at a time, and gone on with after a kill.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "json.h"
+#include "protocol.h"
+
+namespace edgeqdm::bench {
+
+using Turn = std::pair<std::string, std::uint64_t>;  // graph and round
+
+class Results {
+ public:
+  // Opens or makes the file and takes its lock. `header` is the line that a new file begins with;
+  // the header of a file that is there must tell the same. Throws Error: INPUT for a file that
+  // cannot be gone on with, OUTPUT for one that cannot be written.
+  Results(const std::string& path, const std::string& header, const std::set<std::string>& graphs);
+  ~Results();
+  Results(const Results&) = delete;
+  Results& operator=(const Results&) = delete;
+
+  // That of the file, which may be older than this run.
+  const Json& header() const noexcept { return header_; }
+  const std::map<Turn, Samples>& done() const noexcept { return done_; }
+  bool has(const std::string& graph, std::uint64_t round) const {
+    return done_.count({graph, round}) != 0;
+  }
+  std::uint64_t count(const std::string& graph) const;
+  // All samples of a graph, by round.
+  Samples samples(const std::string& graph) const;
+
+  // Writes a line down.
+  void keep(const std::string& graph, std::uint64_t round, const Samples& us);
+
+ private:
+  void lock();
+  void resume(const std::string& header, const std::set<std::string>& graphs);
+  void check_header(const std::string& line, const Json& own);
+  void read_line(const std::string& line, std::size_t number, const std::set<std::string>& graphs);
+  void append(const std::string& data);
+  std::string holder() const;
+
+  std::string path_;
+  int file_ = -1;
+  Json header_;
+  std::map<Turn, Samples> done_;
+};
+
+// Adds lines to a file that nobody goes on with. Throws Error, OUTPUT.
+void append_line(const std::string& path, const std::string& line);
+
+}  // namespace edgeqdm::bench
