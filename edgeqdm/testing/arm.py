@@ -60,19 +60,30 @@ def write_prefix(folder: Path) -> Path:
     return folder
 
 
-def build_for_arm(source: Path, target: str, folder: Path, deps: Path) -> Arm:
+def build_for_arm(
+    source: Path,
+    target: str,
+    folder: Path,
+    deps: Path,
+    *options: str,
+    toolchain: Path | None = None,
+) -> Arm:
     """Build a CMake project with the toolchain of a package.
 
     Args:
-        source: folder of `CMakeLists.txt`, with `toolchains/aarch64-linux.cmake`.
+        source: folder of `CMakeLists.txt`.
         target: name of the program.
         folder: to build in.
         deps: made by tools/native_deps.sh.
+        options: of cmake.
+        toolchain: default that in `source`.
     """
+    toolchain = toolchain or source / "toolchains" / "aarch64-linux.cmake"
     configure = ["cmake", "-S", str(source), "-B", str(folder / "build"), "-DEDGEQDM_WERROR=ON"]
     configure += [
-        f"-DCMAKE_TOOLCHAIN_FILE={source / 'toolchains' / 'aarch64-linux.cmake'}",
+        f"-DCMAKE_TOOLCHAIN_FILE={toolchain}",
         f"-DONNXRUNTIME_INCLUDE={deps / 'include'}",
+        *options,
     ]
     for command in (configure, ["cmake", "--build", str(folder / "build"), "-j1"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -43,11 +43,13 @@ from edgeqdm.profile.kit import KitRequest, make_kit, read_results
 from edgeqdm.profile.opkeys import network_keys
 from edgeqdm.quantize.plans import default_plan
 from edgeqdm.quantize.quantizer import quantize
+from edgeqdm.testing.arm import build_for_arm, missing_for_arm
 from edgeqdm.testing.conformance import STEPS, small_denoiser
 from edgeqdm.testing.native import DEPS_VARIABLE, native_deps
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tools" / "bench_native"
+TOOLCHAIN = ROOT / "backends/onnxruntime/templates/cpp/toolchains/aarch64-linux.cmake"
 SECONDS = "0.02"
 LONGER = "0.15"
 """So that a run is still at work when a busy machine comes to stop it."""
@@ -111,13 +113,11 @@ def call(
     program: Path,
     *arguments: str | Path,
     limits: Callable[[], None] | None = None,
-    preload: Path | None = None,
     text: str = "",
 ) -> Finished:
-    extra = {} if preload is None else {"LD_PRELOAD": str(preload)}
     done = subprocess.run(
         [str(program), *map(str, arguments)],
-        env={**ENVIRONMENT, **extra},
+        env=ENVIRONMENT,
         preexec_fn=limits,
         input=text,
         capture_output=True,
@@ -826,7 +826,7 @@ const Base* OrtGetApiBase(void) { return &base; }
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("1.26.9", "ONNX Runtime 1.26.9 is too old, this program needs 1.27 or newer"),
+        ("1.22.9", "ONNX Runtime 1.22.9 is too old, this package needs 1.23.0 or newer"),
         ("0.9", "ONNX Runtime 0.9 is too old"),
         ("none", "ONNX Runtime none is too old"),
         ("1.27.0", "ONNX Runtime 1.27.0 does not have the interface 1."),
@@ -838,7 +838,11 @@ def test_a_library_that_is_too_old_is_told(
     (tmp_path / "old.c").write_text(LIBRARY % version)
     command = ["cc", "-shared", "-fPIC", "-o", "old.so", "old.c"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    refused(bench_of(built, fresh, preload=tmp_path / "old.so"), 4, message)
+    refused(bench_of(built, fresh, "--library", str(tmp_path / "old.so")), 4, message)
+
+
+def test_a_library_that_is_missing_is_told(built: Path, fresh: Path) -> None:
+    refused(bench_of(built, fresh, "--library", "/no/such.so"), 4, "/no/such.so: cannot open")
 
 
 # Packages.
@@ -945,10 +949,26 @@ def test_the_program_needs_no_library_of_the_compiler(built: Path) -> None:
         pytest.skip("no readelf")
     command = ["readelf", "-d", str(built / "edgeqdm-bench")]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "libonnxruntime.so" in found
+    # It is loaded, also from beside the program.
+    assert "libonnxruntime.so" not in found
     assert "$ORIGIN" in found
     assert "libstdc++" not in found
     assert "libgcc_s" not in found
+
+
+def test_the_tool_runs_on_emulated_arm(release: Path, fresh: Path, tmp_path: Path) -> None:
+    """Its figures are none of a device, which the results say."""
+    deps, missing = native_deps(ROOT), missing_for_arm()
+    if deps is None or not (deps / "lib-aarch64").is_dir() or missing:
+        pytest.skip(f"missing for Arm: {', '.join(missing) or DEPS_VARIABLE}")
+    options = (f"-DEDGEQDM_PYTHON={sys.executable}", "-DEDGEQDM_STATIC_LIBSTDCXX=ON")
+    arm = build_for_arm(SOURCE, "edgeqdm-bench", tmp_path, deps, *options, toolchain=TOOLCHAIN)
+    found = arm.run(fresh, "--seconds", SECONDS, "--max-seconds", SECONDS, "--emulator")
+    assert found.returncode == 0, found.stderr
+    profile = read_results(fresh, results_of(fresh))
+    assert profile.device.machine == "aarch64"
+    assert "emulator" in profile.flags
+    assert len(profile.entries) == 2
 
 
 def test_a_build_without_onnx_runtime_says_what_to_give(tmp_path: Path) -> None:

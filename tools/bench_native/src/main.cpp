@@ -1,6 +1,7 @@
 // edgeqdm-bench: times the graphs of a kit, or a package, on this device.
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <new>
 #include <set>
 #include <stdexcept>
@@ -221,6 +222,8 @@ int main(int n, char** values) {
     } else if (options.version) {
       say(EDGEQDM_VERSION);
     } else {
+      // Read where the library is opened, by the package's runtime as well.
+      if (!options.library.empty()) setenv("EDGEQDM_ONNXRUNTIME", options.library.c_str(), 1);
       run(options);
     }
   } catch (const Error& error) {

@@ -1,52 +1,18 @@
 #include "onnxruntime_graph.h"
 
-#include <onnxruntime_c_api.h>
-
 #include <algorithm>
-#include <array>
-#include <cstdlib>
 #include <vector>
 
 #include "error.h"
-#include "files.h"
+#include "onnxruntime_library.h"
 #include "philox.h"
 
 namespace edgeqdm::bench {
 namespace {
 
-// Older libraries have not been tried with the integer kernels of these graphs.
-constexpr std::array<long, 2> oldest = {1, 27};
-
-template <typename T>
-struct Release {
-  void(ORT_API_CALL* release)(T*) = nullptr;
-  void operator()(T* object) const noexcept { release(object); }
-};
-template <typename T>
-using Handle = std::unique_ptr<T, Release<T>>;
-
-const OrtApi& find_api() {
-  const std::string found = library_version();
-  const OrtApi* api = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-  if (api == nullptr) {
-    throw Error(EDGEQDM_UNSUPPORTED, "ONNX Runtime " + found + " does not have the interface 1." +
-                                         std::to_string(ORT_API_VERSION) +
-                                         " that this program was built with; bring a newer "
-                                         "library");
-  }
-  return *api;
-}
-
-bool means_no_memory(const std::string& message) {
-  for (const char* sign : {"bad_alloc", "bad allocation", "Failed to allocate memory"}) {
-    if (message.find(sign) != std::string::npos) return true;
-  }
-  return false;
-}
-
 // One for all graphs: making it anew starts threads of the library's log.
 struct Library {
-  const OrtApi& api = find_api();
+  const OrtApi& api = *open_onnxruntime("").api;
   Handle<OrtEnv> env;
   Handle<OrtMemoryInfo> memory;
 };
@@ -178,17 +144,7 @@ class OnnxRuntimeGraph final : public Evaluation {
 
 }  // namespace
 
-std::string library_version() {
-  const std::string found = OrtGetApiBase()->GetVersionString();
-  char* end = nullptr;
-  const long major = std::strtol(found.c_str(), &end, 10);
-  const long minor = *end == '.' ? std::strtol(end + 1, nullptr, 10) : 0;
-  if (std::array<long, 2>{major, minor} < oldest) {
-    throw Error(EDGEQDM_UNSUPPORTED, "ONNX Runtime " + printable(found) + " is too old, this "
-                                     "program needs 1.27 or newer; bring a newer library");
-  }
-  return found;
-}
+std::string library_version() { return open_onnxruntime("").version; }
 
 std::unique_ptr<Evaluation> open_graph(const std::string& folder, const Graph& graph,
                                        unsigned threads) {

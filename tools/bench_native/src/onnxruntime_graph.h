@@ -9,7 +9,7 @@
 
 namespace edgeqdm::bench {
 
-// Version of the library. Throws Error, UNSUPPORTED, where it is older than this program can use.
+// Version of the library. Throws Error, UNSUPPORTED, where there is none that can be used.
 std::string library_version();
 
 // A graph with inputs made up. Throws Error: UNSUPPORTED where the library refuses the graph,

@@ -102,6 +102,8 @@ void read_option(Reader& reader, Options& options) {
   } else if (option == "--seconds" || option == "--max-seconds") {
     (option == "--seconds" ? options.seconds : options.max_seconds) =
         parse_seconds(option, reader.value());
+  } else if (option == "--library") {
+    options.library = reader.value();
   } else if (option == "--out") {
     options.out = reader.value();
   } else if (option.empty() || option[0] == '-' || !options.folder.empty()) {
@@ -129,6 +131,7 @@ const char* const help_text =
     "  --emulator        say that this is no real device\n"
     "  --out FILE        default: results-N.jsonl in the kit, N the number of threads;\n"
     "                    with --package: standard output\n"
+    "  --library FILE    of ONNX Runtime, e.g. libonnxruntime.so; default: beside this program\n"
     "  --package         time whole evaluations of a package, by phase, and print JSON\n"
     "  --version\n";
 

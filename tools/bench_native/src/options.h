@@ -18,6 +18,7 @@ struct Options {
   double max_seconds = 6.0;
   bool emulator = false;
   std::string out;
+  std::string library;  // empty: where it is usually found
   bool help = false;
   bool version = false;
 };

@@ -89,4 +89,11 @@ OnnxRuntime open_onnxruntime(const std::string& path) {
   return found;
 }
 
+bool means_no_memory(const std::string& message) {
+  for (const char* sign : {"bad_alloc", "bad allocation", "Failed to allocate memory"}) {
+    if (message.find(sign) != std::string::npos) return true;
+  }
+  return false;
+}
+
 }  // namespace edgeqdm

@@ -5,9 +5,19 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <memory>
 #include <string>
 
 namespace edgeqdm {
+
+// An object of the library and how it is released.
+template <typename T>
+struct Release {
+  void(ORT_API_CALL* release)(T*) = nullptr;
+  void operator()(T* object) const noexcept { release(object); }
+};
+template <typename T>
+using Handle = std::unique_ptr<T, Release<T>>;
 
 struct OnnxRuntime {
   const OrtApi* api = nullptr;
@@ -18,5 +28,8 @@ struct OnnxRuntime {
 // place it had when this was built, then its plain name. It is never unloaded. Throws Error,
 // UNSUPPORTED.
 OnnxRuntime open_onnxruntime(const std::string& path);
+
+// Whether a message of the library says that memory was lacking.
+bool means_no_memory(const std::string& message);
 
 }  // namespace edgeqdm

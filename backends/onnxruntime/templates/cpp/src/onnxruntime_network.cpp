@@ -15,14 +15,6 @@ namespace edgeqdm {
 namespace {
 
 template <typename T>
-struct Release {
-  void(ORT_API_CALL* release)(T*) = nullptr;
-  void operator()(T* object) const noexcept { release(object); }
-};
-template <typename T>
-using Handle = std::unique_ptr<T, Release<T>>;
-
-template <typename T>
 Handle<T> handle(T* object, void(ORT_API_CALL* release)(T*)) {
   return Handle<T>(object, Release<T>{release});
 }
@@ -31,13 +23,6 @@ Handle<T> handle(T* object, void(ORT_API_CALL* release)(T*)) {
 std::string first_line(const char* text) {
   const std::string all = text;
   return printable(all.substr(0, std::min(all.find('\n'), std::size_t{300})));
-}
-
-bool means_no_memory(const std::string& message) {
-  for (const char* sign : {"bad_alloc", "bad allocation", "Failed to allocate memory"}) {
-    if (message.find(sign) != std::string::npos) return true;
-  }
-  return false;
 }
 
 class OnnxRuntimeNetwork final : public Network {
