@@ -171,6 +171,9 @@ def emit(
         typer.Option(metavar="FILE", help="What quantize or finetune wrote; default quantize now."),
     ] = None,
     target: Target = "onnxruntime",
+    form: Annotated[
+        str, typer.Option(metavar="F", help="Of the package: standard, small, ort or npu.")
+    ] = "standard",
     scheduler: Scheduler = None,
     steps: Steps = 20,
     eta: Eta = 0.0,
@@ -200,6 +203,7 @@ def emit(
     edgeqdm emit reference:unet-fmnist -o build/unet
     edgeqdm emit reference:unet-fmnist -o build/unet4 --quantized unet.safetensors
     edgeqdm emit reference:unet-fmnist -o build/fast --search search --trial best
+    edgeqdm emit reference:unet-fmnist -o build/small --form small
     """
     output = Output(as_json, quiet, verbose)
     with output.working() as progress:
@@ -240,6 +244,7 @@ def emit(
             out,
             quantized=quantized,
             target=target,
+            form=form,
             samples=samples,
             seed=seed,
             plan=chosen,

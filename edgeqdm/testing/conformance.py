@@ -29,6 +29,7 @@ from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import (
+    STANDARD,
     Array,
     Backend,
     Evaluate,
@@ -36,6 +37,7 @@ from edgeqdm.emit.backend import (
     File,
     KernelCount,
     Menu,
+    Network,
     Unsupported,
 )
 from edgeqdm.emit.integrity import check_files
@@ -125,9 +127,14 @@ class EagerBackend:
     """Runs the eager reference in this process: for tests of everything around a backend."""
 
     name = "eager"
+    forms = (STANDARD,)
+    form = STANDARD
 
     def __init__(self, quantized: QuantizedDenoiser) -> None:
         self.quantized = quantized
+
+    def in_form(self, form: str) -> EagerBackend:
+        return self
 
     def menu(self) -> Menu:
         return dict.fromkeys(LayerKind, PRECISIONS)
@@ -136,6 +143,9 @@ class EagerBackend:
         known = {layer.name for layer in info.layers}
         asked = [a.layer for phase in plan.phases for a in phase.layers]
         return tuple(Unsupported(x, "no such layer", "another") for x in asked if x not in known)
+
+    def rounded(self, network: Network) -> Network:
+        return network
 
     def emit(self, model: Exportable) -> Mapping[str, File]:
         return {"model.txt": File(self.quantized.tables_sha256.encode(), "model")}
