@@ -171,9 +171,7 @@ def emit(
         typer.Option(metavar="FILE", help="What quantize or finetune wrote; default quantize now."),
     ] = None,
     target: Target = "onnxruntime",
-    form: Annotated[
-        str, typer.Option(metavar="F", help="Of the package: standard, small, ort or npu.")
-    ] = "standard",
+    form: Annotated[str, typer.Option(metavar="F", help="standard, small, ort, npu.")] = "standard",
     scheduler: Scheduler = None,
     steps: Steps = 20,
     eta: Eta = 0.0,
@@ -201,9 +199,7 @@ def emit(
 
     \b
     edgeqdm emit reference:unet-fmnist -o build/unet
-    edgeqdm emit reference:unet-fmnist -o build/unet4 --quantized unet.safetensors
-    edgeqdm emit reference:unet-fmnist -o build/fast --search search --trial best
-    edgeqdm emit reference:unet-fmnist -o build/small --form small
+    edgeqdm emit reference:unet-fmnist -o build/fast --search search --form small
     """
     output = Output(as_json, quiet, verbose)
     with output.working() as progress:

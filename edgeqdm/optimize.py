@@ -88,9 +88,9 @@ def optimize(
     measured = recipe.profile.source != HOST or (out / PROFILE).exists()
     adopted = _adopt(recipe, told) if measured else None
     denoiser = _load(recipe, conditioning, online, progress)
-    check_destination(out / PACKAGE, force=True)
     # Before the search: a plan by rule has the kinds of scales that it will choose.
     check_plan(rule_plan(denoiser, recipe.target), denoiser.info, backend)
+    check_destination(out / PACKAGE, force=True)
     if adopted is None:
         _measure(recipe, denoiser, _part("profile", progress))
         adopted = _adopt(recipe, told)

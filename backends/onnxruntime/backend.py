@@ -110,6 +110,10 @@ class OnnxRuntimeBackend:
         }
 
     def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
+        if self.form == ORT:
+            require_converter()
+        if self.form == NPU and (unfit := npu.unfit(plan)):
+            return unfit
         kinds = {layer.name: layer.kind for layer in info.layers}
         menu = self.menu()
         found = []
@@ -122,10 +126,6 @@ class OnnxRuntimeBackend:
                     reason = f"{kind} has no {assignment.precision} kernel"
                     instead = _nearest(assignment.precision, menu[kind])
                     found.append(Unsupported(assignment.layer, reason, instead))
-        if self.form == NPU:
-            found += npu.unfit(plan)
-        if self.form == ORT:
-            require_converter()
         return tuple(found)
 
     def rounded(self, network: Network) -> Network:

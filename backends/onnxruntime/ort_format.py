@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
+import warnings
 from pathlib import Path
 
 from edgeqdm.backends.onnxruntime.forms import GRAPH, ORT_GRAPH
@@ -48,7 +49,9 @@ def to_ort(graph: bytes) -> tuple[bytes, bytes]:
         (folder / GRAPH).write_bytes(graph)
         logging.disable(logging.WARNING)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                # Of files that the converter opens and does not close.
+                warnings.simplefilter("ignore", ResourceWarning)
                 convert_onnx_models_to_ort(
                     folder / GRAPH,
                     optimization_styles=[OptimizationStyle.Fixed],

@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     name: str
     forms: tuple[str, ...]
-    """What its packages may look like, `STANDARD` first; all of them draw the same images."""
+    """What its packages may look like, `STANDARD` first."""
     form: str
     """Of the packages this one emits, opens and counts the kernels of."""
 
