@@ -121,35 +121,13 @@ std::vector<float> read_null_embedding(const std::string& path) {
   }
 }
 
-// Step of a name like model.step12.onnx; -1 if it is none.
-std::int64_t step_of(const std::string& name) {
-  const std::string before = "model.step", after = ".onnx";
-  const std::size_t n = name.size(), around = before.size() + after.size();
-  if (n <= around || n > around + 9 || name.compare(0, before.size(), before) != 0 ||
-      name.compare(n - after.size(), after.size(), after) != 0) {
-    return -1;
-  }
-  std::int64_t step = 0;
-  for (std::size_t k = before.size(); k < n - after.size(); ++k) {
-    if (name[k] < '0' || name[k] > '9') return -1;
-    step = 10 * step + (name[k] - '0');
-  }
-  return step;
-}
-
 edgeqdm::ModelSource find_model(const std::string& folder, const edgeqdm::Manifest& manifest) {
   edgeqdm::ModelSource source;
-  for (const char* name : {"model.onnx", "model.ort"}) {
-    if (manifest.files.count(name) == 0) continue;
-    source.paths[0] = folder + "/" + name;
-    return source;
+  for (const auto& [start, name] : edgeqdm::find_graphs(manifest)) {
+    source.paths[start] = folder + "/" + name;
   }
-  for (const auto& [name, artifact] : manifest.files) {
-    const std::int64_t step = step_of(name);
-    if (step >= 0) source.paths[static_cast<std::uint32_t>(step)] = folder + "/" + name;
-  }
-  if (source.paths.count(0) != 0) return source;
-  throw Error(EDGEQDM_VERIFY, "model.onnx: not in the manifest");
+  if (source.paths.empty()) throw Error(EDGEQDM_VERIFY, "model.onnx: not in the manifest");
+  return source;
 }
 
 std::unique_ptr<edgeqdm_session> open_folder(const std::string& folder,
