@@ -4,9 +4,9 @@ Convolution: `Q -> DQ -> Conv(DQ weight) -> Q -> DQ -> Add(bias)`.
 Linear: `Q -> DQ -> MatMul(DQ weight) -> Add(bias)`.
 Activations are uint8 with one constant scale, weights int8 with one scale per output channel and a
 zero_point of 0; weights of 4 bits are widened. Layers in float with coded weights are as in the
-standard form. The bias is added after the output is rounded, as
-the integer reference does, so a Conv has none: the providers ask that it be constant where there
-is one, see `docs/decisions/0015-constant-scales-for-npus.md`.
+standard form. The bias is added after the output is rounded, as the integer reference does, so a
+Conv has none: the providers ask that it be constant where there is one, see
+`docs/decisions/0015-constant-scales-for-npus.md`.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def to_ort(graph: bytes) -> tuple[bytes, bytes]:
     For Arm: what is left out are float convolutions in blocks of channels, whose size is that of
     the converting CPU's registers. The file runs on x86 too.
 
-    The bytes differ from run to run: the runtime writes its hash tables in the order it finds them
-    in, which depends on where they lie in memory (1.31.1). The graph is the same.
+    The bytes differ from one conversion to the next, even in one process: the runtime writes its
+    tables in no fixed order (1.31.1). What the graph computes is the same.
     """
     require_converter()
     from onnxruntime.tools.convert_onnx_models_to_ort import (

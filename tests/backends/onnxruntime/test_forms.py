@@ -168,7 +168,7 @@ class TestOrt(FormConformance):
         # Float convolutions are not blocked by channels: sums in another order, half-ties.
         assert rms(found - expected) < 0.5 * noise(emitted)
 
-    # The runtime orders its tables by address: another file, the same graph.
+    # The runtime writes its tables in no fixed order: another file, the same outputs.
     @pytest.mark.parametrize("emitted", ["dit"], indirect=True)
     def test_emitting_twice_gives_the_same_files(
         self, backend: Backend, emitted: Emitted, tmp_path: Path
