@@ -41,13 +41,29 @@ def check_backend_name(name: str) -> None:
         raise UnsupportedError("EQ-4301", f"there is no target {name!r}", hint=f"known: {known}")
 
 
-def load_backend(name: str) -> Backend:
+def load_backend(name: str, form: str | None = None) -> Backend:
     """The target of this name; a built-in one goes before an entry point of the same name.
+
+    Args:
+        name: of the target.
+        form: of its packages; default the standard one.
 
     Raises:
         UnsupportedError: EQ-4301 if no target has this name, EQ-4302 if the library it stands on
-            cannot be imported.
+            cannot be imported, EQ-4303 if it has no such form.
     """
+    backend = _load(name)
+    if form is None:
+        return backend
+    if form not in backend.forms:
+        known = ", ".join(backend.forms)
+        raise UnsupportedError(
+            "EQ-4303", f"target {name!r} has no form {form!r}", hint=f"known: {known}"
+        )
+    return backend.in_form(form)
+
+
+def _load(name: str) -> Backend:
     check_backend_name(name)
     try:
         if name in BACKENDS:

@@ -171,6 +171,7 @@ def emit(
         typer.Option(metavar="FILE", help="What quantize or finetune wrote; default quantize now."),
     ] = None,
     target: Target = "onnxruntime",
+    form: Annotated[str, typer.Option(metavar="F", help="standard, small, ort, npu.")] = "standard",
     scheduler: Scheduler = None,
     steps: Steps = 20,
     eta: Eta = 0.0,
@@ -198,8 +199,7 @@ def emit(
 
     \b
     edgeqdm emit reference:unet-fmnist -o build/unet
-    edgeqdm emit reference:unet-fmnist -o build/unet4 --quantized unet.safetensors
-    edgeqdm emit reference:unet-fmnist -o build/fast --search search --trial best
+    edgeqdm emit reference:unet-fmnist -o build/fast --search search --form small
     """
     output = Output(as_json, quiet, verbose)
     with output.working() as progress:
@@ -240,6 +240,7 @@ def emit(
             out,
             quantized=quantized,
             target=target,
+            form=form,
             samples=samples,
             seed=seed,
             plan=chosen,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgeqdm.ir.model import ModelInfo
     from edgeqdm.ir.package import ScheduleFile
     from edgeqdm.ir.plan import DeploymentPlan
-    from edgeqdm.ir.precision import Precision
+    from edgeqdm.ir.precision import ActivationPolicy, Precision
     from edgeqdm.ir.search import SearchRecord
     from edgeqdm.models.denoiser import Denoiser
 
@@ -210,6 +210,21 @@ def parse_precision(text: str) -> Precision:
         return Precision(text)
     except ValueError as error:
         raise InputError("EQ-3805", str(error), path="precision") from None
+
+
+def parse_activation(text: str, body: Precision) -> ActivationPolicy:
+    """Where the scales of a plan's body come from; raises InputError for what it cannot have."""
+    from edgeqdm.ir.precision import ActivationPolicy
+
+    allowed = [str(policy) for policy in body.policies]
+    if text not in allowed:
+        raise InputError(
+            "EQ-3830",
+            f"{body} takes no activation {text!r}",
+            path="--activation",
+            hint=f"{body} takes {' or '.join(allowed)}",
+        )
+    return ActivationPolicy(text)
 
 
 def parse_latency(text: str | None, float_ms: Callable[[], float]) -> float | None:

@@ -11,6 +11,7 @@ from edgeqdm.cli_inputs import (
     check_free,
     check_target,
     load_model,
+    parse_activation,
     read_plan,
     refuse_idle,
     rule_precisions,
@@ -62,6 +63,10 @@ def plan(
     target: Target = "onnxruntime",
     precision: BodyPrecision = None,
     embedding: EmbeddingPrecision = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(metavar="A", help="Scales of activations: static, or temporal (default)."),
+    ] = None,
     step_aware: Annotated[
         bool,
         typer.Option("--step-aware", help="4-bit activations where diffusion noise hides it."),
@@ -91,6 +96,7 @@ def plan(
 
     \b
     edgeqdm plan reference:unet-fmnist -o plan.json --precision w4a8 --embedding w8
+    edgeqdm plan reference:unet-fmnist -o plan.json --activation static
     edgeqdm plan reference:dit-fmnist -o plan.json --precision w4g64a8dyn --embedding w4g64
     """
     output = Output(as_json, quiet, verbose)
@@ -111,6 +117,7 @@ def plan(
             check_free(out, force=force)
             check_file_destination(out)
             body, embedded = rule_precisions(precision, embedding)
+            policy = None if activation is None else parse_activation(activation, body)
             denoiser = load_model(
                 model,
                 scheduler=scheduler,
@@ -121,7 +128,9 @@ def plan(
                 online=online,
                 split_skips=split_skips,
             )
-        found = pipeline.rule_plan(denoiser, target, body=body, embedding=embedded)
+        found = pipeline.rule_plan(
+            denoiser, target, body=body, embedding=embedded, activation=policy
+        )
         runs = pipeline.DEFAULT_SAMPLES if samples is None else samples
         with working_folder(out, work) as folder:
             if step_aware or search_groups:

@@ -15,21 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeqdm import pipeline, searching, tuning
-from edgeqdm.backends import check_backend_name, load_backend
+from edgeqdm.backends import load_backend
 from edgeqdm.bench.compare import host
 from edgeqdm.cli_inputs import load_model
+from edgeqdm.emit.package import check_plan
 from edgeqdm.emit.verify import Verification
 from edgeqdm.emit.writer import check_destination
 from edgeqdm.errors import EdgeqdmError, InputError, StorageError, VerifyError
 from edgeqdm.ir.codec import read_record
-from edgeqdm.ir.package import ScheduleFile
+from edgeqdm.ir.package import Manifest, ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.profile import LatencyProfile
 from edgeqdm.ir.search import ParetoReport
 from edgeqdm.models.denoiser import Denoiser
 from edgeqdm.profile.adopt import PROFILE, Adopted, read_profile
-from edgeqdm.recipe import HOST, ProfilePart, Recipe, settings_of
-from edgeqdm.stages import Progress
+from edgeqdm.recipe import HOST, EmitPart, ProfilePart, Recipe, settings_of
+from edgeqdm.stages import Progress, rule_plan
 
 SEARCH, PACKAGE, KEPT_PROFILE = "search", "package", "kept-profile"
 
@@ -82,11 +83,13 @@ def optimize(
         EdgeqdmError: of the class and exit code that fits; finished stages stay.
     """
     out = Path(recipe.out)
-    check_backend_name(recipe.target)
+    backend = load_backend(recipe.target, recipe.emit.form)
     told = notice or _untold
     measured = recipe.profile.source != HOST or (out / PROFILE).exists()
     adopted = _adopt(recipe, told) if measured else None
     denoiser = _load(recipe, conditioning, online, progress)
+    # Before the search: a plan by rule has the kinds of scales that it will choose.
+    check_plan(rule_plan(denoiser, recipe.target), denoiser.info, backend)
     check_destination(out / PACKAGE, force=True)
     if adopted is None:
         _measure(recipe, denoiser, _part("profile", progress))
@@ -98,7 +101,7 @@ def optimize(
         str(recipe.emit.trial),
         progress=_part("plan", progress),
     )
-    kept = not force and _is_made(out / PACKAGE, plan, correct=recipe.emit.correct)
+    kept = not force and _is_made(out / PACKAGE, plan, recipe.emit)
     if not kept:
         _emit(recipe, denoiser, plan, _part("emit", progress))
     return Optimized(
@@ -258,14 +261,16 @@ def _search(
         raise
 
 
-def _is_made(package: Path, plan: DeploymentPlan, *, correct: bool) -> bool:
-    """Whether the package was made of this plan, with or without a correction as asked."""
+def _is_made(package: Path, plan: DeploymentPlan, asked: EmitPart) -> bool:
+    """Whether the package was made of this plan, in the form and with a correction as asked."""
     try:
         made = read_record(package / "plan.json", DeploymentPlan)
         schedule = read_record(package / "schedule.json", ScheduleFile)
+        manifest = read_record(package / "manifest.json", Manifest)
     except EdgeqdmError:
         return False
-    return made == plan and (schedule.correction is not None) == correct
+    corrected = schedule.correction is not None
+    return made == plan and corrected == asked.correct and manifest.form == asked.form
 
 
 def _emit(
@@ -279,6 +284,7 @@ def _emit(
         samples=asked.samples,
         seed=asked.seed,
         plan=plan,
+        form=recipe.emit.form,
         correction=recipe.emit.correct,
         work=out / SEARCH / searching.KEPT,
         # It was made by this recipe; whatever is no package is never replaced.

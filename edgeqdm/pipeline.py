@@ -30,7 +30,7 @@ from edgeqdm.bench.picture import side_by_side
 from edgeqdm.bench.quality import check_fid, check_fid_images
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
-from edgeqdm.emit.backend import Backend, Unsupported
+from edgeqdm.emit.backend import STANDARD, Backend, Unsupported
 from edgeqdm.emit.integrity import check_files, manifest_of
 from edgeqdm.emit.launch import run, run_package
 from edgeqdm.emit.package import check_plan, emit_package, exportable
@@ -112,6 +112,7 @@ def emit(
     out: str | Path,
     *,
     target: str = DEFAULT_TARGET,
+    form: str = STANDARD,
     samples: int | None = None,
     seed: int | None = None,
     plan: DeploymentPlan | None = None,
@@ -127,6 +128,7 @@ def emit(
         denoiser: the float model, from `load` or `wrap`.
         out: folder to create.
         target: name of a backend.
+        form: what the package looks like, of those that the target has.
         samples: calibration trajectories; default 64.
         seed: of the calibration; default 0.
         plan: precision of every layer; default W8A8 for all but first, last and embeddings.
@@ -141,7 +143,7 @@ def emit(
         EdgeqdmError: of the class and exit code that fits; nothing is left at `out`.
     """
     out = Path(out)
-    backend = load_backend(target)
+    backend = load_backend(target, form)
     check_destination(out, force=force)
     if quantized is not None and plan is not None:
         message = "a quantized model has its plan in it"
@@ -249,6 +251,7 @@ def bench(
     folder = Path(package)
     backend = load_backend(_target_of(folder))
     manifest = check_files(folder)
+    formed = load_backend(manifest.target, manifest.form)
     _require_same_model(manifest, model, folder)
     player = playback.open_player(folder)
     plan = read_record(folder / "plan.json", DeploymentPlan, error=VerifyError)
@@ -258,9 +261,9 @@ def bench(
             float_variant(model, backend, Path(scratch), player),
             Variant(
                 "package",
-                backend.open(folder),
+                formed.open(folder),
                 player,
-                backend.count_kernels(folder),
+                formed.count_kernels(folder),
                 manifest.integer_layers,
                 folder_bytes(folder),
                 plan.starts,

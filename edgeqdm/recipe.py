@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from edgeqdm import searching
 from edgeqdm.cli_inputs import parse_latency
+from edgeqdm.emit.backend import STANDARD
 from edgeqdm.errors import InputError
 from edgeqdm.ir.codec import describe, open_regular
 from edgeqdm.ir.precision import Precision
@@ -116,6 +117,7 @@ class EmitPart(Record):
         default="best", description="best, or a trial's number."
     )
     correct: bool = Field(default=True, description="Correct the sampler for quantization noise.")
+    form: str = Field(default=STANDARD, min_length=1, description="Of the package: small, ort.")
 
 
 class Recipe(Record):

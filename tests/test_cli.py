@@ -243,9 +243,20 @@ def test_emit_hands_every_option_on(calls: Calls, tmp_path: Path) -> None:
     )
     (tmp_path / "plan.json").write_bytes(dump_record(plan))
     save_file({"conditioning": torch.ones(2, 3, 4), "null": torch.zeros(3, 4)}, "c.safetensors")
-    options = "--target t --scheduler ddim --steps 5 --eta 0.5 --guidance 3 --samples 8 --seed 9"
+    options = "--target t --form small --scheduler ddim --steps 5 --eta 0.5 --guidance 3"
     files = "--plan plan.json --conditioning c.safetensors --work w --force --online --no-correct"
-    result = call("emit", "org/name", "--out", "o", *options.split(), *files.split())
+    result = call(
+        "emit",
+        "org/name",
+        "--out",
+        "o",
+        *options.split(),
+        "--samples",
+        "8",
+        "--seed",
+        "9",
+        *files.split(),
+    )
     assert result.exit_code == 0, result.output
     loaded = calls["load"]
     assert torch.equal(loaded.pop("conditioning"), torch.ones(2, 3, 4))
@@ -263,6 +274,7 @@ def test_emit_hands_every_option_on(calls: Calls, tmp_path: Path) -> None:
     assert emitted == {
         "positional": ("the denoiser", Path("o")),
         "target": "t",
+        "form": "small",
         "samples": 8,
         "seed": 9,
         "plan": plan,
@@ -276,7 +288,7 @@ def test_emit_hands_every_option_on(calls: Calls, tmp_path: Path) -> None:
 def test_emit_defaults_are_those_of_the_pipeline(calls: Calls) -> None:
     assert call("emit", "model", "-o", "out").exit_code == 0
     emitted = calls["emit"]
-    assert emitted["target"] == pipeline.DEFAULT_TARGET
+    assert (emitted["target"], emitted["form"]) == (pipeline.DEFAULT_TARGET, "standard")
     # Left to the pipeline, which refuses them where they would do nothing.
     assert (emitted["samples"], emitted["seed"]) == (None, None)
     assert (emitted["plan"], emitted["work"]) == (None, None)

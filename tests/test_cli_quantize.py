@@ -20,7 +20,7 @@ from edgeqdm.cli_output import quantization_table, quantization_value
 from edgeqdm.ir.codec import dump_record, read_record
 from edgeqdm.ir.package import ScheduleFile
 from edgeqdm.ir.plan import DeploymentPlan
-from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.precision import ActivationPolicy, Precision
 from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.load import load
 from edgeqdm.pipeline import QuantizedModel
@@ -654,6 +654,28 @@ def test_defaults_hold_where_nothing_is_asked(folder: Folder, tmp_path: Path) ->
     value_of("quantize", folder.model, "-o", file, "--no-correct", *SAMPLER, "--samples", 1)
     held = load_quantized(file, load(str(folder.model), scheduler="ddim", steps=4))
     assert held.quantized.plan == wanted
+
+
+def test_a_plan_of_constant_scales_has_no_other(folder: Folder, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    asked = ("--activation", "static", "--embedding", "w8a8")
+    assert value_of("plan", folder.model, "-o", plan, *SAMPLER, *asked)
+    (phase,) = read_record(plan, DeploymentPlan).phases
+    policies = {a.policy for a in phase.layers if a.precision.integer}
+    assert policies == {ActivationPolicy.STATIC}
+    assert "embedding" in {x.role for x in load(str(folder.model)).info.layers}
+
+
+@pytest.mark.parametrize(
+    ("precision", "activation"), [("w8a8", "dynamic"), ("w8a8dyn", "static"), ("w8", "static")]
+)
+def test_scales_that_a_precision_cannot_have_are_refused(
+    tmp_path: Path, precision: str, activation: str
+) -> None:
+    options = ("--precision", precision, "--activation", activation)
+    code, line = refusal("plan", tmp_path / "gone", "-o", tmp_path / "p.json", *options)
+    assert (code, line[:15]) == (3, "error[EQ-3830]:")
+    assert precision in line
 
 
 @pytest.mark.parametrize(

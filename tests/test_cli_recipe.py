@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from edgeqdm import cli
 from edgeqdm.errors import NumericalError
 from edgeqdm.ir.codec import dump_record, read_record
+from edgeqdm.ir.package import Manifest
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.profile import Flag, LatencyProfile, sealed_profile
 from edgeqdm.ir.search import ParetoReport
@@ -351,7 +352,25 @@ def test_a_missing_profile_or_model_or_target_is_refused(tmp_path: Path) -> None
     assert (code, line[:15]) == (3, "error[EQ-3523]:")
     code, line = refusal("optimize", file, "--set", "target=abacus")
     assert (code, line[:15]) == (4, "error[EQ-4301]:")
+    code, line = refusal("optimize", file, "--set", "emit.form=tiny")
+    assert (code, line[:15]) == (4, "error[EQ-4303]:")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_form_that_no_searched_plan_fits_is_refused_before_the_search(
+    run: Run, tmp_path: Path
+) -> None:
+    options = ("--set", "emit.form=npu", "--set", f"out={tmp_path / 'out'}")
+    code, line = refusal("optimize", run.recipe, *options)
+    assert (code, line[:15]) == (4, "error[EQ-4201]:")
+    assert "edgeqdm plan --activation static" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_form_makes_the_package_again(run: Run) -> None:
+    for form, kept in (("small", False), ("small", True), ("standard", False)):
+        assert value_of("optimize", run.recipe, "--set", f"emit.form={form}")["kept"] is kept
+        assert read_record(run.package / "manifest.json", Manifest).form == form
 
 
 def test_a_wrong_recipe_is_told_by_its_line(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,36 @@ import onnxruntime as ort
 from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
 
+from edgeqdm.backends.onnxruntime import npu
 from edgeqdm.backends.onnxruntime.blockwise import BLOCK_SIZES
 from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
+from edgeqdm.backends.onnxruntime.forms import (
+    FORMS,
+    GRAPH,
+    NPU,
+    ORT,
+    ORT_GRAPH,
+    SMALL,
+    STEP_GRAPH,
+    graph_files,
+)
+from edgeqdm.backends.onnxruntime.half import round_to_half, store_in_16_bits
 from edgeqdm.backends.onnxruntime.lint import check_graph
 from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
+from edgeqdm.backends.onnxruntime.npu_lint import check_npu_graph
+from edgeqdm.backends.onnxruntime.ort_format import OPERATORS, require_converter, to_ort
 from edgeqdm.backends.onnxruntime.phases import count_ops, fork
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import (
+    STANDARD,
     Array,
+    Backend,
     Evaluate,
     Exportable,
     File,
     KernelCount,
     Menu,
+    Network,
     Unsupported,
 )
 from edgeqdm.emit.export import export_onnx
@@ -37,7 +54,6 @@ from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, TABLE, Precision
 from edgeqdm.ir.profile import BoundaryKind
 
-GRAPH = "model.onnx"
 INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits")
 WEB_FILES = (
     "README.md",
@@ -77,14 +93,27 @@ class OnnxRuntimeBackend:
     """ONNX Runtime's CPU execution provider, x86 and Arm."""
 
     name = "onnxruntime"
+    forms: tuple[str, ...] = FORMS
+
+    def __init__(self, form: str = STANDARD) -> None:
+        self.form = form
+
+    def in_form(self, form: str) -> Backend:
+        return OnnxRuntimeBackend(form)
 
     def menu(self) -> Menu:
+        if self.form == NPU:
+            return dict.fromkeys(LayerKind, (*ANY_LAYER, FP32, TABLE))
         return {
             LayerKind.CONV2D: (*ANY_LAYER, FP32, TABLE),
             LayerKind.LINEAR: (*ANY_LAYER, *LINEAR_ONLY, FP32, TABLE),
         }
 
     def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
+        if self.form == ORT:
+            require_converter()
+        if self.form == NPU and (unfit := npu.unfit(plan)):
+            return unfit
         kinds = {layer.name: layer.kind for layer in info.layers}
         menu = self.menu()
         found = []
@@ -99,22 +128,40 @@ class OnnxRuntimeBackend:
                     found.append(Unsupported(assignment.layer, reason, instead))
         return tuple(found)
 
+    def rounded(self, network: Network) -> Network:
+        return round_to_half(network) if self.form == SMALL else network
+
     def emit(self, model: Exportable) -> Mapping[str, File]:
+        graphs = _npu_graphs(model) if self.form == NPU else self._one_graph(model)
+        files = {path: File(data, "model") for path, data in graphs.items()}
+        files[f"{RUNTIME_FOLDER}/run.py"] = File(_template("run.py"), "runtime")
+        if self.form != NPU:
+            # A browser has none of the providers that this form is for.
+            page = {f"{WEB_FOLDER}/{k}": _template(f"web/{k}") for k in WEB_FILES}
+            files |= {path: File(data, "runtime") for path, data in page.items()}
+        return files | _cpp_network()
+
+    def _one_graph(self, model: Exportable) -> dict[str, bytes]:
         graph = finish(export_onnx(model.network, model.inputs, TRANSLATION))
+        if self.form == SMALL:
+            store_in_16_bits(graph.graph)
         check_graph(graph)
-        return {
-            GRAPH: File(_serialized(fork(graph)), "model"),
-            f"{RUNTIME_FOLDER}/run.py": File(_template("run.py"), "runtime"),
-            **{f"{WEB_FOLDER}/{k}": File(_template(f"web/{k}"), "runtime") for k in WEB_FILES},
-            **_cpp_network(),
-        }
+        data = _serialized(fork(graph))
+        if self.form != ORT:
+            return {GRAPH: data}
+        converted, operators = to_ort(data)
+        return {ORT_GRAPH: converted, OPERATORS: operators}
 
     def count_kernels(self, package: Path) -> KernelCount:
+        files = graph_files(package, self.form)
+        if self.form == NPU:
+            return _count_units(files.values())
+        (path,) = files.values()
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             options = _options(1)
             options.optimized_model_filepath = str(optimized)
-            _session(package, options)
+            _session(path, options)
             graph = onnx.load(optimized).graph
         integer = count_ops(graph, INTEGER_KERNELS)
         floating = count_ops(graph, FLOAT_KERNELS)
@@ -125,10 +172,12 @@ class OnnxRuntimeBackend:
         )
 
     def open(self, package: Path, *, threads: int = 1) -> Evaluate:
-        session = _session(package, _options(threads))
-        names = [i.name for i in session.get_inputs()]
+        files = graph_files(package, self.form)
+        sessions = {start: _session(path, _options(threads)) for start, path in files.items()}
+        names = [i.name for i in sessions[0].get_inputs()]
 
         def evaluate(x: Array, step: int, conditioning: NDArray[Any] | None) -> Array:
+            session = sessions[max(start for start in sessions if start <= step)]
             values: list[NDArray[Any]] = [x, np.array(step, np.int64)]
             values += [] if conditioning is None else [conditioning]
             found: Array = session.run(None, dict(zip(names, values, strict=True)))[0]
@@ -152,6 +201,29 @@ class OnnxRuntimeBackend:
 
     def versions(self) -> Mapping[str, str]:
         return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
+
+
+def _npu_graphs(model: Exportable) -> dict[str, bytes]:
+    graphs = npu.graphs(export_onnx(model.network, model.inputs, npu.TRANSLATION))
+    for graph in graphs.values():
+        check_npu_graph(graph)
+    return {STEP_GRAPH.format(k): _serialized(graph) for k, graph in graphs.items()}
+
+
+def _count_units(files: Iterable[Path]) -> KernelCount:
+    """Of the phase with most of them; how many a provider takes is its own decision."""
+    counts = []
+    for path in files:
+        # So that a damaged graph is told of as elsewhere.
+        _session(path, _options(1))
+        counts.append(npu.count_units(onnx.load(path).graph))
+    integer, floating = max(counts, key=lambda found: sum(found[0].values()))
+    by_name = {f"{name} between Q/DQ": n for name, n in integer.items()} | dict(floating)
+    return KernelCount(
+        integer=sum(integer.values()),
+        floating=sum(floating.values()),
+        by_name={name: n for name, n in by_name.items() if n},
+    )
 
 
 def _template(name: str) -> bytes:
@@ -198,8 +270,7 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _session(package: Path, options: Any) -> Any:
-    path = package / GRAPH
+def _session(path: Path, options: Any) -> Any:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     # ONNX Runtime raises its own classes, RuntimeError and UnicodeDecodeError for bad graphs.

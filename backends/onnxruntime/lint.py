@@ -18,10 +18,11 @@ Rule = Callable[[onnx.NodeProto, Tensors, Producers], str | None]
 def check_graph(model: onnx.ModelProto) -> None:
     """Raise VerifyError listing every node that breaks a rule, by name and rule."""
     tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    # Weights of 4 bits are widened where the graph is loaded.
+    # What is stored in fewer bits is widened where the graph is loaded.
     for node in model.graph.node:
         if node.op_type == "Cast" and node.input[0] in tensors:
-            tensors[node.output[0]] = tensors[node.input[0]].astype(np.int8)
+            wide = onnx.helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
+            tensors[node.output[0]] = tensors[node.input[0]].astype(wide)
     producers = {output: node for node in model.graph.node for output in node.output}
     faults = [*_graph_faults(model)]
     for node in model.graph.node:

@@ -40,18 +40,18 @@ ON_INTEGERS = 4
 """`accuracy_level` at which `MatMulNBits` quantizes its input to 8 bits."""
 
 
-def _constant(value: np.ndarray) -> Any:
+def constant(value: np.ndarray) -> Any:
     return op.Constant(value=numpy_helper.from_array(value))
 
 
 def _zero_point(zero_point: int) -> Any:
-    return _constant(np.array(zero_point, np.uint8))
+    return constant(np.array(zero_point, np.uint8))
 
 
 def _at_step(table: Any, step: Any) -> Any:
     # Not a constant 0 for a table of one row: the runtime would fold the scale into weight_scale
     # and no longer recognise a MatMulIntegerToFloat.
-    index = step if table.shape[0] != 1 else op.Min(step, _constant(np.array(0, np.int64)))
+    index = step if table.shape[0] != 1 else op.Min(step, constant(np.array(0, np.int64)))
     return op.Gather(table, index, axis=0)
 
 
@@ -100,7 +100,7 @@ def qconv2d_to_onnx(
         code_of_zero,
         weight_q,
         weight_scale,
-        _constant(np.zeros(channels, np.int8)),
+        constant(np.zeros(channels, np.int8)),
         out_scale,
         out_code_of_zero,
         strides=list(stride),
@@ -111,7 +111,7 @@ def qconv2d_to_onnx(
     real = op.DequantizeLinear(y, out_scale, out_code_of_zero)
     if bias is None:
         return real
-    return op.Add(real, op.Unsqueeze(bias, _constant(np.array([1, 2], np.int64))))
+    return op.Add(real, op.Unsqueeze(bias, constant(np.array([1, 2], np.int64))))
 
 
 def group_norm_to_onnx(
@@ -128,13 +128,13 @@ def group_norm_to_onnx(
     Scale and shift are a batch normalisation of mean 0 and variance 1, one pass over the map where
     `Mul` and `Add` are two.
     """
-    flat = op.Reshape(x, _constant(np.array([0, num_groups, -1], np.int64)))
+    flat = op.Reshape(x, constant(np.array([0, num_groups, -1], np.int64)))
     ones, zeros = np.ones(num_groups, np.float32), np.zeros(num_groups, np.float32)
-    unit = op.InstanceNormalization(flat, _constant(ones), _constant(zeros), epsilon=eps)
-    y = op.Reshape(unit, _constant(np.array([0, *x.shape[1:]], np.int64)))
+    unit = op.InstanceNormalization(flat, constant(ones), constant(zeros), epsilon=eps)
+    y = op.Reshape(unit, constant(np.array([0, *x.shape[1:]], np.int64)))
     if weight is None and bias is None:
         return y
-    ones, zeros = (_constant(np.full(x.shape[1], value, np.float32)) for value in (1, 0))
+    ones, zeros = (constant(np.full(x.shape[1], value, np.float32)) for value in (1, 0))
     scale, shift = ones if weight is None else weight, zeros if bias is None else bias
     return op.BatchNormalization(y, scale, shift, zeros, ones, epsilon=0.0)
 
@@ -154,22 +154,43 @@ def attention_to_onnx(
     Its form [B, L, H D] is that of the layers around it: what turns the heads here is undone by
     what turned them there.
     """
+    factor = _attention_factor(query, dropout_p, is_causal, scale, enable_gqa)
+    if attn_mask is not None:
+        return _plain_attention(query, key, value, attn_mask, factor)
+    heads, width = query.shape[1], query.shape[3]
+    flat, apart = (
+        constant(np.array([0, -1, *last], np.int64)) for last in ([heads * width], [heads, width])
+    )
+    q, k, v = (op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), flat) for x in (query, key, value))
+    y = _multi_head_attention()(q, k, v, num_heads=heads, scale=factor)
+    return op.Transpose(op.Reshape(y, apart), perm=[0, 2, 1, 3])
+
+
+def plain_attention_to_onnx(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention [B, H, L, D] of standard operators."""
+    factor = _attention_factor(query, dropout_p, is_causal, scale, enable_gqa)
+    return _plain_attention(query, key, value, attn_mask, factor)
+
+
+def _attention_factor(
+    query: Any, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> float:
     if dropout_p or is_causal or enable_gqa:
         raise UnsupportedError(
             "EQ-4434",
             "causal attention, with dropout or with fewer key heads has no form here",
             hint="give the mask as a tensor, or leave the options out",
         )
-    factor = query.shape[3] ** -0.5 if scale is None else scale
-    if attn_mask is not None:
-        return _masked_attention(query, key, value, attn_mask, factor)
-    heads, width = query.shape[1], query.shape[3]
-    flat, apart = (
-        _constant(np.array([0, -1, *last], np.int64)) for last in ([heads * width], [heads, width])
-    )
-    q, k, v = (op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), flat) for x in (query, key, value))
-    y = _multi_head_attention()(q, k, v, num_heads=heads, scale=factor)
-    return op.Transpose(op.Reshape(y, apart), perm=[0, 2, 1, 3])
+    return query.shape[3] ** -0.5 if scale is None else scale
 
 
 def qlinear_dynamic_to_onnx(
@@ -199,13 +220,14 @@ def qlinear_dynamic_to_onnx(
     return y if bias is None else op.Add(y, bias)
 
 
-def _masked_attention(query: Any, key: Any, value: Any, mask: Any, factor: float) -> Any:
-    if mask.dtype == onnx_ir.DataType.BOOL:
-        none, minus = (_constant(np.array(v, np.float32)) for v in (0, -np.inf))
-        mask = op.Where(mask, none, minus)
-    scaled = op.Mul(query, _constant(np.array(factor, np.float32)))
+def _plain_attention(query: Any, key: Any, value: Any, mask: Any | None, factor: float) -> Any:
+    scaled = op.Mul(query, constant(np.array(factor, np.float32)))
     scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
-    return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
+    if mask is not None and mask.dtype == onnx_ir.DataType.BOOL:
+        none, minus = (constant(np.array(v, np.float32)) for v in (0, -np.inf))
+        mask = op.Where(mask, none, minus)
+    masked = scores if mask is None else op.Add(scores, mask)
+    return op.MatMul(op.Softmax(masked, axis=-1), value)
 
 
 def _multi_head_attention() -> Any:
@@ -244,11 +266,11 @@ def _matmul_nbits() -> Any:
 
 
 def _per_token(x: Any, weight_q: Any, weight_scale: Any) -> Any:
-    peak = op.ReduceMax(op.Abs(x), _constant(np.array([-1], np.int64)), keepdims=1)
-    limit, floor = (_constant(np.array(v, np.float32)) for v in (127.0, 2.0**-100))
+    peak = op.ReduceMax(op.Abs(x), constant(np.array([-1], np.int64)), keepdims=1)
+    limit, floor = (constant(np.array(v, np.float32)) for v in (127.0, 2.0**-100))
     peak = op.Max(peak, floor)
     scale = op.Div(peak, limit)
-    one, middle = _constant(np.array(1, np.float32)), _zero_point(128)
+    one, middle = constant(np.array(1, np.float32)), _zero_point(128)
     codes = op.QuantizeLinear(op.Mul(x, op.Div(limit, peak)), one, middle)
     accumulator = op.MatMulInteger(codes, op.Transpose(weight_q, perm=[1, 0]), middle)
     # One product after the other: the runtime takes Mul(scale, weight_scale) for the pattern of
@@ -264,8 +286,8 @@ def dequantize_to_onnx(
     if weight_zero_point is None:
         # The scale as a factor of its own: the runtime takes DequantizeLinear with one scale per
         # channel and MatMul for a MatMulNBits on 8-bit activations (1.31.1).
-        one = _constant(np.array(1, np.float32))
-        inner = _constant(np.arange(1, len(weight_q.shape), dtype=np.int64))
+        one = constant(np.array(1, np.float32))
+        inner = constant(np.arange(1, len(weight_q.shape), dtype=np.int64))
         return op.Mul(op.DequantizeLinear(weight_q, one), op.Unsqueeze(weight_scale, inner))
     return op.DequantizeLinear(
         weight_q, weight_scale, weight_zero_point, axis=1, block_size=group_size
@@ -302,6 +324,14 @@ TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def finish(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`simplify`, with weights in the layout and the width that they are stored in."""
+    finished = simplify(model)
+    _pack_blocks(finished.graph)
+    _store_in_4_bits(finished.graph)
+    return finished
+
+
+def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold constants, share equal initializers and equal nodes, drop everything private.
 
     The exporter attaches source text and local paths to every node; they do not ship.
@@ -316,8 +346,6 @@ def finish(model: onnx.ModelProto) -> onnx.ModelProto:
     finished = onnx_ir.to_proto(graph)
     finished.ir_version = IR_VERSION
     _fold_transposes(finished.graph)
-    _pack_blocks(finished.graph)
-    _store_in_4_bits(finished.graph)
     _strip(finished)
     return finished
 
@@ -330,7 +358,7 @@ def _fold_transposes(graph: onnx.GraphProto) -> None:
         turned = numpy_helper.to_array(tensors[node.input[0]]).transpose(order)
         graph.initializer.append(numpy_helper.from_array(turned.copy(), node.output[0]))
         graph.node.remove(node)
-    _drop_unread(graph)
+    drop_unread(graph)
 
 
 def _pack_blocks(graph: onnx.GraphProto) -> None:
@@ -355,10 +383,10 @@ def _pack_blocks(graph: onnx.GraphProto) -> None:
             tensor = numpy_helper.from_array(array, f"{node.name}/{place}")
             graph.initializer.append(tensor)
             node.input[place] = tensor.name
-    _drop_unread(graph)
+    drop_unread(graph)
 
 
-def _drop_unread(graph: onnx.GraphProto) -> None:
+def drop_unread(graph: onnx.GraphProto) -> None:
     read = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]

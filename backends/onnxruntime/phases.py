@@ -37,7 +37,7 @@ _SMALL_BYTES = 16384
 
 def fork(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with every `edgeqdm.Choose` replaced by forks; without one, the graph itself."""
-    if not any(_is_choice(node) for node in model.graph.node):
+    if not any(is_choice(node) for node in model.graph.node):
         return model
     whole = onnx_ir.from_proto(model)
     _Forker(whole.graph).run()
@@ -55,7 +55,7 @@ def _drop_value_info(graph: onnx.GraphProto) -> None:
         _drop_value_info(branch)
 
 
-def _is_choice(node: onnx.NodeProto | onnx_ir.Node) -> bool:
+def is_choice(node: onnx.NodeProto | onnx_ir.Node) -> bool:
     return node.op_type == CHOOSE and node.domain == DOMAIN
 
 
@@ -92,7 +92,7 @@ class _Forker:
     def run(self) -> None:
         grouped: dict[tuple[onnx_ir.Value, tuple[int, ...]], list[onnx_ir.Node]] = {}
         for node in self.graph:
-            if _is_choice(node):
+            if is_choice(node):
                 key = (_given(node.inputs[0]), tuple(node.attributes[OF_STEP].as_ints()))
                 grouped.setdefault(key, []).append(node)
         for (_, of_step), nodes in grouped.items():

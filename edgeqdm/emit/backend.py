@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,14 @@ from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import Precision
 from edgeqdm.ir.profile import BoundaryKind
 
+Network = TypeVar("Network", bound=nn.Module)
 Array = NDArray[np.float32]
 Evaluate = Callable[[Array, int, NDArray[Any] | None], Array]
 """(scaled sample [B, C, H, W], step, conditioning [B, ...]) -> network output [B, C, H, W]."""
 Menu = Mapping[LayerKind, tuple[Precision, ...]]
 """Precisions each kind of layer may take on a target."""
+STANDARD = "standard"
+"""The form of a package that every target has."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,22 @@ class Backend(Protocol):
     """One target. Backends never inherit from each other and see no other floor but `emit`."""
 
     name: str
+    forms: tuple[str, ...]
+    """What its packages may look like, `STANDARD` first."""
+    form: str
+    """Of the packages this one emits, opens and counts the kernels of."""
+
+    def in_form(self, form: str) -> Backend:
+        """The same target for packages of another of its `forms`."""
 
     def menu(self) -> Menu:
         """Precisions every kind of layer may take."""
 
     def check(self, plan: DeploymentPlan, info: ModelInfo) -> tuple[Unsupported, ...]:
         """Everything in the plan the target cannot do; empty if it can be emitted."""
+
+    def rounded(self, network: Network) -> Network:
+        """The network with the numbers that the form keeps of it; itself where it keeps all."""
 
     def emit(self, model: Exportable) -> Mapping[str, File]:
         """Target-specific files of the package by relative path: the graph and its runtime."""

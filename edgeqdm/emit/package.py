@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +95,7 @@ def emit_package(
 
     Args:
         quantized: the integer denoiser.
-        backend: the target.
+        backend: the target, in the form that is wanted.
         out: folder to create.
         correction: of the sampler, measured on this very denoiser.
         force: replace a package that is there already.
@@ -106,7 +107,9 @@ def emit_package(
     """
     check_plan(quantized.plan, quantized.info, backend)
     if correction is not None:
+        # Valid for the network as it was measured; what a form rounds is far below its noise.
         require_key(correction, correction_key(quantized))
+    quantized = replace(quantized, network=backend.rounded(quantized.network))
     golden = make_golden(quantized, correction)
     contents = _contents(quantized, backend, correction, golden)
     with staged_package(
@@ -118,6 +121,7 @@ def emit_package(
             edgeqdm_version=__version__,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             target=backend.name,
+            form=backend.form,
             model=quantized.info,
             guidance=quantized.denoiser.guidance.scale,
             n_steps=quantized.denoiser.program.n_steps,

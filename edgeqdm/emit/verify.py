@@ -48,6 +48,7 @@ def verify_package(package: Path, backend: Backend) -> Verification:
     schedule = read_record(package / "schedule.json", ScheduleFile, error=VerifyError)
     _check_agreement(package, manifest, plan, schedule)
     planned = plan.n_integer_layers
+    backend = _in_form(package, manifest, backend)
     kernels = backend.count_kernels(package)
     if kernels.integer < planned:
         raise VerifyError(
@@ -75,6 +76,17 @@ def verify_package(package: Path, backend: Backend) -> Verification:
         )
     _check_table(package, schedule)
     return Verification(manifest, kernels, planned, result.deviation)
+
+
+def _in_form(package: Path, manifest: Manifest, backend: Backend) -> Backend:
+    if manifest.form not in backend.forms:
+        raise VerifyError(
+            "EQ-8208",
+            f"{backend.name} knows no form {describe(manifest.form)}",
+            path=package,
+            hint=f"known: {', '.join(backend.forms)}",
+        )
+    return backend.in_form(manifest.form)
 
 
 def _check_table(package: Path, schedule: ScheduleFile) -> None:

@@ -36,6 +36,8 @@ class Manifest(Record):
     created: str
     """UTC, ISO 8601, seconds."""
     target: str
+    form: str = "standard"
+    """Of the target's forms of a package; older packages know one only."""
     model: ModelInfo
     guidance: float
     n_steps: int

@@ -31,6 +31,10 @@ class StepClock:
     step: Tensor
     conditioning: tuple[Tensor, ...] = ()
 
+    def __deepcopy__(self, memo: object) -> StepClock:
+        # What it carries is of one call, and of an export it cannot be copied.
+        return StepClock()
+
 
 class CodedLayer(nn.Module):
     """A layer whose weight is stored as codes, and its bias in float."""

@@ -39,7 +39,7 @@ def default_plan(
         embedding: precision of layers that depend on timestep and conditioning only.
         tables: embedding layers that are looked up instead of computed.
         fine: body layers that keep 8-bit weights where `body` has fewer.
-        activation: policy of the body's activations; default what `body` implies.
+        activation: policy of the activations whose precision allows it; default what that implies.
     """
     layers = tuple(
         _assignment(x, body, embedding, tables, x.name in fine, activation) for x in info.layers
@@ -111,15 +111,21 @@ def _assignment(
     if layer.role == "body":
         wanted = _widened(body) if fine else body
         chosen = _for_kind(layer.kind, wanted)
-        policy = activation if activation in chosen.policies else None
         reason = f"{chosen}: {'body of the network' if wanted == body else FINE_REASON}"
-        return LayerAssignment(layer=layer.name, precision=chosen, activation=policy, reason=reason)
+        return _of_policy(layer.name, chosen, activation, reason)
     if layer.role == "embedding":
         chosen = TABLE if layer.name in tables else _for_kind(layer.kind, embedding)
         reason = f"{chosen}: depends on timestep and conditioning only"
-        return LayerAssignment(layer=layer.name, precision=chosen, reason=reason)
+        return _of_policy(layer.name, chosen, activation, reason)
     reason = f"fp32: {ENDS_REASON[layer.role]}"
     return LayerAssignment(layer=layer.name, precision=FP32, reason=reason)
+
+
+def _of_policy(
+    layer: str, precision: Precision, activation: ActivationPolicy | None, reason: str
+) -> LayerAssignment:
+    policy = activation if activation in precision.policies else None
+    return LayerAssignment(layer=layer, precision=precision, activation=policy, reason=reason)
 
 
 def _widened(precision: Precision) -> Precision:

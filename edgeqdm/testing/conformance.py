@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import (
+    STANDARD,
     Array,
     Backend,
     Evaluate,
@@ -36,6 +37,7 @@ from edgeqdm.emit.backend import (
     File,
     KernelCount,
     Menu,
+    Network,
     Unsupported,
 )
 from edgeqdm.emit.integrity import check_files
@@ -45,7 +47,7 @@ from edgeqdm.errors import UnsupportedError, VerifyError
 from edgeqdm.ir.model import Decoder, LayerKind, ModelInfo
 from edgeqdm.ir.package import Manifest
 from edgeqdm.ir.plan import DeploymentPlan, LayerAssignment, Phase
-from edgeqdm.ir.precision import FP16, FP32, TABLE, W8A8, Precision
+from edgeqdm.ir.precision import FP16, FP32, TABLE, W8A8, ActivationPolicy, Precision
 from edgeqdm.models.denoiser import Denoiser, wrap
 from edgeqdm.models.load import load
 from edgeqdm.quantize.plans import default_plan
@@ -104,30 +106,42 @@ def small_denoiser(scheduler: Any, *, steps: int = STEPS, guidance: float = GUID
     )
 
 
-def quantize_tiny(denoiser: Denoiser, target: str = "onnxruntime") -> QuantizedDenoiser:
+def quantize_tiny(
+    denoiser: Denoiser,
+    target: str = "onnxruntime",
+    activation: ActivationPolicy | None = None,
+) -> QuantizedDenoiser:
     """The default plan of a tiny denoiser, calibrated on a few runs."""
     trajectories = collect_trajectories(denoiser, CALIBRATION_RUNS, seed=1)
-    plan = default_plan(denoiser.info, target, denoiser.program.n_steps)
+    n_steps = denoiser.program.n_steps
+    plan = default_plan(denoiser.info, target, n_steps, activation=activation)
     seen = observe(denoiser, trajectories, plan.phases[0].integer_layers())
     return quantize(denoiser, plan, seen)
 
 
 @cache
-def tiny_quantized(kind: str, target: str = "onnxruntime") -> QuantizedDenoiser:
+def tiny_quantized(
+    kind: str, target: str = "onnxruntime", activation: ActivationPolicy | None = None
+) -> QuantizedDenoiser:
     """The tiny `unet` or `dit`, quantized once per process; DDPM noise and guidance are on."""
     write = {"unet": tiny.write_tiny_unet, "dit": tiny.write_tiny_dit}[kind]
     with tempfile.TemporaryDirectory() as folder:
         denoiser = load(write(Path(folder)), steps=STEPS, guidance=GUIDANCE, eta=1.0)
-    return quantize_tiny(denoiser, target)
+    return quantize_tiny(denoiser, target, activation)
 
 
 class EagerBackend:
     """Runs the eager reference in this process: for tests of everything around a backend."""
 
     name = "eager"
+    forms = (STANDARD,)
+    form = STANDARD
 
     def __init__(self, quantized: QuantizedDenoiser) -> None:
         self.quantized = quantized
+
+    def in_form(self, form: str) -> EagerBackend:
+        return self
 
     def menu(self) -> Menu:
         return dict.fromkeys(LayerKind, PRECISIONS)
@@ -136,6 +150,9 @@ class EagerBackend:
         known = {layer.name for layer in info.layers}
         asked = [a.layer for phase in plan.phases for a in phase.layers]
         return tuple(Unsupported(x, "no such layer", "another") for x in asked if x not in known)
+
+    def rounded(self, network: Network) -> Network:
+        return network
 
     def emit(self, model: Exportable) -> Mapping[str, File]:
         return {"model.txt": File(self.quantized.tables_sha256.encode(), "model")}
@@ -199,7 +216,23 @@ def _labels(emitted: Emitted, n_images: int) -> NDArray[np.int64]:
 
 
 class BackendConformance:
-    """Inherit this and supply `backend`; packages of a tiny UNet and DiT are built once each."""
+    """Inherit this and supply `backend`; packages of a tiny UNet and DiT are built once each.
+
+    Attributes:
+        activation: policy of the activations that have scales; default what their precision
+            implies.
+    """
+
+    activation: ClassVar[ActivationPolicy | None] = None
+
+    @classmethod
+    def quantized(cls, kind: str, backend: Backend) -> QuantizedDenoiser:
+        return tiny_quantized(kind, backend.name, cls.activation)
+
+    @classmethod
+    def assignment(cls, layer: str, precision: Precision) -> LayerAssignment:
+        policy = cls.activation if cls.activation in precision.policies else None
+        return LayerAssignment(layer=layer, precision=precision, activation=policy, reason="test")
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -214,19 +247,19 @@ class BackendConformance:
         backend: Backend,
         tmp_path_factory: pytest.TempPathFactory,
     ) -> Emitted:
-        quantized = tiny_quantized(request.param, backend.name)
+        quantized = cls.quantized(request.param, backend)
         # A name with a space: paths are quoted wherever they are handed on.
         package = tmp_path_factory.mktemp("packages") / f"tiny {request.param}"
         return Emitted(quantized, package, emit_package(quantized, backend, package))
 
     def test_default_plan_is_accepted(self, backend: Backend) -> None:
         for kind in ("unet", "dit"):
-            quantized = tiny_quantized(kind, backend.name)
+            quantized = self.quantized(kind, backend)
             assert backend.check(quantized.plan, quantized.info) == ()
 
     def test_unknown_layer_is_refused_by_name(self, backend: Backend, tmp_path: Path) -> None:
-        quantized = tiny_quantized("dit", backend.name)
-        unknown = LayerAssignment(layer="no.such", precision=W8A8, reason="test")
+        quantized = self.quantized("dit", backend)
+        unknown = self.assignment("no.such", W8A8)
         (refused,) = backend.check(_plan_of(quantized, unknown), quantized.info)
         assert refused.layer == "no.such"
         assert refused.reason
@@ -235,11 +268,11 @@ class BackendConformance:
     def test_precisions_are_accepted_exactly_where_the_menu_has_them(
         self, backend: Backend
     ) -> None:
-        quantized = tiny_quantized("unet", backend.name)
+        quantized = self.quantized("unet", backend)
         menu = backend.menu()
         for layer in quantized.info.layers:
             for precision in PRECISIONS:
-                asked = LayerAssignment(layer=layer.name, precision=precision, reason="test")
+                asked = self.assignment(layer.name, precision)
                 refused = backend.check(_plan_of(quantized, asked), quantized.info)
                 assert bool(refused) == (precision not in menu[layer.kind])
                 assert all(u.layer == layer.name and u.reason and u.instead for u in refused)
@@ -247,7 +280,7 @@ class BackendConformance:
     def test_refused_plan_leaves_nothing_behind(
         self, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        quantized = tiny_quantized("dit", backend.name)
+        quantized = self.quantized("dit", backend)
         monkeypatch.setattr(type(backend), "menu", lambda _: dict.fromkeys(LayerKind, (FP32,)))
         with pytest.raises(UnsupportedError) as caught:
             emit_package(quantized, backend, tmp_path / "package")

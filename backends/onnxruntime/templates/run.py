@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ EXIT_INPUT, EXIT_UNSUPPORTED, EXIT_OUTPUT = 3, 4, 7
 EXIT_VERIFY, EXIT_RESOURCE, EXIT_INTERNAL = 8, 9, 10
 OLDEST_RUNTIME = (1, 23)
 """Of onnxruntime. 1.22 lacks a cast of 4-bit integers."""
+STEP_GRAPH = re.compile(r"model\.step([0-9]{1,9})\.onnx")
 
 
 class RunError(Exception):
@@ -45,8 +47,8 @@ class RunError(Exception):
         self.exit_code = exit_code
 
 
-def check_hashes(package: Path) -> None:
-    """Raise RunError unless the manifest and every file it lists are there and unchanged."""
+def check_hashes(package: Path) -> list[str]:
+    """Names of all files; RunError unless the manifest and each of them are there and unchanged."""
     try:
         data = (package / "manifest.json").read_bytes()
         manifest = json.loads(data.decode("utf-8"))
@@ -69,6 +71,7 @@ def check_hashes(package: Path) -> None:
             bad.append(f"{name} (changed)")
     if bad:
         raise RunError(EXIT_VERIFY, "package is damaged: " + ", ".join(bad))
+    return list(listed)
 
 
 def check_version(found: object) -> None:
@@ -86,6 +89,17 @@ def is_sealed(data: bytes, seal: str) -> bool:
     return hashlib.sha256(data.replace(digits, b"0" * 64)).hexdigest() == seal
 
 
+def find_graphs(names: list[str]) -> dict[int, str]:
+    """The graphs among a package's files, by the first step that each serves."""
+    for name in ("model.onnx", "model.ort"):
+        if name in names:
+            return {0: name}
+    found = {int(k[1]): k[0] for k in map(STEP_GRAPH.fullmatch, names) if k is not None}
+    if 0 not in found:
+        raise RunError(EXIT_VERIFY, "package is damaged: no graph (not in the manifest)")
+    return found
+
+
 def check_runtime() -> None:
     """Raise RunError where onnxruntime is too old for these graphs."""
     if tuple(map(int, ort.__version__.split(".")[:2])) < OLDEST_RUNTIME:
@@ -94,23 +108,27 @@ def check_runtime() -> None:
         raise RunError(EXIT_UNSUPPORTED, f"{reason} - pip install --upgrade onnxruntime")
 
 
-def open_network(package: Path, threads: int) -> playback.Evaluate:
-    """The graph as a function of (scaled sample, step, conditioning)."""
+def open_network(package: Path, graphs: dict[int, str], threads: int) -> playback.Evaluate:
+    """The graphs as a function of (scaled sample, step, conditioning)."""
     check_runtime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    path = str(package / "model.onnx")
+    cpu = ["CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        sessions = {
+            start: ort.InferenceSession(str(package / name), options, providers=cpu)
+            for start, name in graphs.items()
+        }
     # ONNX Runtime raises its own classes, and not one of them for all reasons.
     except Exception as error:
         reason = f"onnxruntime {ort.__version__} refuses the graph: {error}"
         raise RunError(EXIT_VERIFY, reason) from error
-    names = [i.name for i in session.get_inputs()]
+    names = [i.name for i in sessions[0].get_inputs()]
 
     def evaluate(x: Any, step: int, conditioning: Any) -> Any:
+        session = sessions[max(start for start in sessions if start <= step)]
         values = [x, np.array(step, np.int64)] + ([] if conditioning is None else [conditioning])
         return session.run(None, dict(zip(names, values, strict=True)))[0]
 
@@ -202,14 +220,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_hashes(PACKAGE)
+    graphs = find_graphs(check_hashes(PACKAGE))
     player = playback.open_player(PACKAGE)
     if arguments.threads < 1:
         raise RunError(EXIT_INPUT, f"--threads must be at least 1, got {arguments.threads}")
     if arguments.count is not None and arguments.count < 1:
         raise RunError(EXIT_INPUT, f"--count must be at least 1, got {arguments.count}")
     if arguments.self_test:
-        report_self_test(player, open_network(PACKAGE, arguments.threads))
+        report_self_test(player, open_network(PACKAGE, graphs, arguments.threads))
         return
     if arguments.out is None:
         raise RunError(2, "nothing to do: give --out FILE.png or --self-test")
@@ -229,7 +247,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     samples = playback.sample(
         player,
-        open_network(PACKAGE, arguments.threads),
+        open_network(PACKAGE, graphs, arguments.threads),
         conditioning,
         seed=arguments.seed,
         images=range(n_images),

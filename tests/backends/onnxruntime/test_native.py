@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from edgeqdm import __version__
 from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.forms import NPU, ORT, ORT_GRAPH, SMALL, STEP_GRAPH
 from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
@@ -39,9 +40,10 @@ from edgeqdm.errors import VerifyError
 from edgeqdm.ir.codec import read_record
 from edgeqdm.ir.package import Manifest
 from edgeqdm.ir.plan import DeploymentPlan, Phase
-from edgeqdm.ir.precision import FP32
+from edgeqdm.ir.precision import FP32, ActivationPolicy
 from edgeqdm.ir.schedule import CorrectedSchedule
 from edgeqdm.models.denoiser import wrap
+from edgeqdm.quantize.plans import default_plan
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, quantize
 from edgeqdm.testing import tiny
 from edgeqdm.testing.conformance import STEPS, quantize_tiny, small_denoiser, tiny_quantized
@@ -50,6 +52,7 @@ from edgeqdm.testing.native import DEPS_VARIABLE, WARNINGS, compile_cpp, native_
 ROOT = Path(__file__).parents[3]
 NATIVE = ROOT / "tests" / "native"
 RUN = "runtime/python/run.py"
+STATIC = ActivationPolicy.STATIC
 # Everything between the layers is the same library on the same input. A last bit of the noise that
 # libm rounds differently could put an activation on the other side of a half-tie; with these
 # seeds none does, and the samples are equal.
@@ -73,7 +76,8 @@ def corrected(quantized: QuantizedDenoiser) -> CorrectedSchedule:
 def in_two_phases(plan: DeploymentPlan) -> DeploymentPlan:
     """Integers in the first step, floats in the rest."""
     (only,) = plan.phases
-    floats = tuple(a.model_copy(update={"precision": FP32}) for a in only.layers)
+    float_layer = {"precision": FP32, "activation": None}
+    floats = tuple(a.model_copy(update=float_layer) for a in only.layers)
     first = only.model_copy(update={"stop": 1})
     return plan.model_copy(update={"phases": (first, Phase(start=1, stop=STEPS, layers=floats))})
 
@@ -115,6 +119,14 @@ def emit_in_phases(quantized: QuantizedDenoiser, package: Path) -> None:
     emit_package(quantize(denoiser, plan, seen), OnnxRuntimeBackend(), package)
 
 
+def static_in_phases(quantized: QuantizedDenoiser) -> QuantizedDenoiser:
+    """Constant scales and two phases that differ."""
+    denoiser = quantized.denoiser
+    plan = in_two_phases(default_plan(denoiser.info, "onnxruntime", STEPS, activation=STATIC))
+    runs = collect_trajectories(denoiser, 4, seed=1)
+    return quantize(denoiser, plan, observe(denoiser, runs, plan.phases[0].integer_layers()))
+
+
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of one package per kind: labels, embeddings, phases, a correction."""
@@ -125,6 +137,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     emit_package(small, backend, folder / "corrected", correction=corrected(small))
     emit_with_embeddings(folder / "embedding")
     emit_in_phases(small, folder / "phases")
+    emit_package(small, OnnxRuntimeBackend(SMALL), folder / "small")
+    emit_package(small, OnnxRuntimeBackend(ORT), folder / "ort")
+    emit_package(static_in_phases(small), OnnxRuntimeBackend(NPU), folder / "npu")
     return folder
 
 
@@ -213,9 +228,10 @@ def refused(found: Finished, exit_code: int, message: str) -> None:
 
 
 def expected_samples(package: Path, conditioning: NDArray[Any]) -> Any:
+    form = read_record(package / "manifest.json", Manifest).form
     return playback.sample(
         playback.open_player(package),
-        OnnxRuntimeBackend().open(package),
+        OnnxRuntimeBackend(form).open(package),
         conditioning,
         seed=7,
         images=range(len(conditioning)),
@@ -231,7 +247,9 @@ def conditioning_of(kind: str, folder: Path) -> tuple[NDArray[Any], list[str]]:
     return embeddings, ["--embedding", str(folder / "e.npy")]
 
 
-@pytest.mark.parametrize("kind", ["label", "embedding", "phases", "corrected"])
+@pytest.mark.parametrize(
+    "kind", ["label", "embedding", "phases", "corrected", "small", "ort", "npu"]
+)
 def test_samples_and_pixels_are_those_of_the_python_runtime(
     shared: Path, packages: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -508,7 +526,39 @@ def test_model_of_another_shape_is_refused(sanitized: Path, package: Path, packa
     shutil.copy(packages / "embedding" / "model.onnx", package / "model.onnx")
     reseal(package)
     found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
-    refused(found, VerifyError.exit_code, "model.onnx does not fit schedule.bin")
+    refused(found, VerifyError.exit_code, "the model does not fit schedule.bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (STEP_GRAPH.format(0), None, "model.onnx: not in the manifest"),
+        (STEP_GRAPH.format(1), "embedding", "the model does not fit schedule.bin"),
+        (STEP_GRAPH.format(1), "cut", "refuses model.step1.onnx"),
+    ],
+)
+def test_every_graph_of_the_phases_is_checked(
+    sanitized: Path, packages: Path, tmp_path: Path, name: str, damage: str | None, message: str
+) -> None:
+    package = Path(shutil.copytree(packages / "npu", tmp_path / "package"))
+    if damage == "embedding":
+        shutil.copy(packages / damage / "model.onnx", package / name)
+    elif damage == "cut":
+        cut(name)(package)
+    reseal(package, drop=None if damage else name)
+    found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
+    refused(found, VerifyError.exit_code, message)
+
+
+@pytest.mark.parametrize("kind", ["ort", "npu"])
+def test_other_forms_pass_the_self_test(sanitized: Path, packages: Path, kind: str) -> None:
+    package = packages / kind
+    assert not (package / "model.onnx").exists()
+    found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
+    assert found.exit_code == 0, found.errors
+    expected = run(Path(sys.executable), package / RUN, "--self-test")
+    mine, theirs = (json.loads(each.output)["deviation"] for each in (found, expected))
+    np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
 def test_golden_run_that_is_not_met_ends_with_8(sanitized: Path, package: Path) -> None:
@@ -734,6 +784,22 @@ def test_package_in_memory_can_be_cancelled_and_goes_on(
     expected = expected_samples(packages / "label", labels)
     assert status == 0
     assert np.abs(found - expected).max() <= SAMPLES * np.abs(expected).max()
+
+
+def test_graph_in_the_format_of_the_runtime_opens_from_memory(
+    library: Library, packages: Path
+) -> None:
+    opened, package = ctypes.c_void_p(), packages / "ort"
+    model, table = (package / ORT_GRAPH).read_bytes(), (package / "schedule.bin").read_bytes()
+    assert library.open_memory(model, table, opened) == 0
+    labels = np.array([2, 0])
+    assert library.begin(opened, labels) == 0
+    assert library.c.edgeqdm_sample(opened, None, None) == 0
+    status, found = library.latents(opened, 2)
+    expected = expected_samples(package, labels)
+    assert status == 0
+    assert np.abs(found - expected).max() <= SAMPLES * np.abs(expected).max()
+    library.c.edgeqdm_close(opened)
 
 
 def test_sessions_share_nothing(library: Library, session: Any, packages: Path) -> None:

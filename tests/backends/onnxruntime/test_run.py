@@ -34,7 +34,7 @@ from edgeqdm.ir.package import SCHEMA_VERSION, Artifact
 from edgeqdm.numerics.solver import Table
 from edgeqdm.testing.manifests import tiny_manifest
 
-CONTENTS = {"plan.json": b"{}\n", "weights.bin": bytes(range(16))}
+CONTENTS = {"model.ort": b"graph", "plan.json": b"{}\n", "weights.bin": bytes(range(16))}
 MANIFEST = tiny_manifest(
     files={
         name: Artifact(sha256=hashlib.sha256(data).hexdigest(), size=len(data), role="model")
@@ -77,13 +77,37 @@ def test_runtime_reads_the_manifests_that_are_written_with_it(runtime: ModuleTyp
     assert runtime.SCHEMA_VERSION == SCHEMA_VERSION
 
 
+@pytest.mark.parametrize(
+    ("names", "graphs"),
+    [
+        (["model.onnx", "plan.json"], {0: "model.onnx"}),
+        (["a/model.onnx", "model.ort"], {0: "model.ort"}),
+        (
+            ["model.step0.onnx", "model.step12.onnx", "model.stepx.onnx"],
+            {0: "model.step0.onnx", 12: "model.step12.onnx"},
+        ),
+        (["model.step3.onnx"], None),
+        (["plan.json"], None),
+    ],
+)
+def test_graphs_are_those_that_the_manifest_lists(
+    runtime: ModuleType, names: list[str], graphs: dict[int, str] | None
+) -> None:
+    if graphs is not None:
+        assert runtime.find_graphs(names) == graphs
+        return
+    with pytest.raises(runtime.RunError, match="no graph") as caught:
+        runtime.find_graphs(names)
+    assert caught.value.exit_code == VerifyError.exit_code
+
+
 @pytest.mark.parametrize("version", ["1.22.1", "1.9.0", "0.30.0"])
 def test_runtime_refuses_an_onnxruntime_that_is_too_old(
     runtime: ModuleType, package: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr(runtime.ort, "__version__", version)
     with pytest.raises(runtime.RunError, match=f"onnxruntime {version} is too old") as caught:
-        runtime.open_network(package, 1)
+        runtime.open_network(package, {0: "model.onnx"}, 1)
     assert caught.value.exit_code == UnsupportedError.exit_code
 
 

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from edgeqdm import load, pipeline
 from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.forms import ORT, SMALL
 from edgeqdm.emit import playback
 from edgeqdm.emit.integrity import seal_manifest
 from edgeqdm.emit.package import emit_package
@@ -81,6 +82,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     (root / "ort").symlink_to(DEPENDENCIES / "ort")
     backend = OnnxRuntimeBackend()
     emit_package(tiny_quantized("unet"), backend, root / "unet")
+    for form in (SMALL, ORT):
+        emit_package(tiny_quantized("dit"), OnnxRuntimeBackend(form), root / f"dit-{form}")
     folder = tiny.write_tiny_conditional_unet(tmp_path_factory.mktemp("model"))
     conditional = load(
         folder,
@@ -139,7 +142,9 @@ def test_browser_draws_what_the_python_runtime_draws(
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("package", ["unet", "conditional", "phases", "unet-fmnist"])
+@pytest.mark.parametrize(
+    "package", ["unet", "conditional", "phases", "unet-fmnist", "dit-small", "dit-ort"]
+)
 def test_network_in_the_browser_passes_the_self_test(
     browser: Browser, site: Site, package: str
 ) -> None:

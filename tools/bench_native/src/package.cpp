@@ -79,8 +79,12 @@ class Package {
     }
     read_starts(folder, manifest);
     read_null(folder, manifest);
-    require(folder, manifest, "model.onnx");
-    open(folder + "/model.onnx", threads);
+    ModelSource source;
+    for (const auto& [start, name] : find_graphs(manifest)) {
+      source.paths[start] = folder + "/" + name;
+    }
+    if (source.paths.empty()) require(folder, manifest, "model.onnx");
+    open(source, threads);
   }
 
   std::vector<PhaseTime> phases() const {
@@ -115,11 +119,9 @@ class Package {
     throw Error(EDGEQDM_VERIFY, folder + "/" + name + ": does not fit schedule.bin");
   }
 
-  void open(const std::string& model, unsigned threads) {
+  void open(const ModelSource& source, unsigned threads) {
     NetworkOptions options;
     options.threads = static_cast<int>(threads);
-    ModelSource source;
-    source.path = model;
     network_ = open_network(source, table_, options);
     sampler_ = std::make_unique<Sampler>(table_, null_, *network_);
     x_.resize(std::size_t{table_.channels} * table_.height * table_.width);

@@ -9,6 +9,7 @@ const FORMAT = "edgeqdm-package";
 const SCHEMA_VERSION = 1;
 // The oldest that runs all kernels of these packages; 1.22 lacks those of 4-bit weights.
 const ORT_VERSION = [1, 26];
+const GRAPHS = ["model.onnx", "model.ort"];
 const ORT_MODULE = "ort.wasm.min.mjs";
 const ORT_FILES = [ORT_MODULE, "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"];
 const MAX_THREADS = 4;
@@ -152,11 +153,12 @@ export async function openPackage(base, ort) {
   const hasNull = "conditioning.safetensors" in manifest.files;
   const extra = hasNull ? await checked("conditioning.safetensors") : null;
   const player = playback.openPlayer(schedule, extra);
+  const graph = GRAPHS.find((name) => name in manifest.files) ?? GRAPHS[0];
   const about = {
     name: manifest.model.name,
     sampler: schedule.program.sampler,
     steps: player.table.steps,
-    bytes: manifest.files["model.onnx"]?.size,
+    bytes: manifest.files[graph]?.size,
     conditioning: player.conditioning,
     labelNames: player.labelNames,
     hashed: Boolean(crypto.subtle),
@@ -164,7 +166,7 @@ export async function openPackage(base, ort) {
   let network = null;
 
   async function opened() {
-    network ??= await openNetwork(await openOrt(ort), await checked("model.onnx"));
+    network ??= await openNetwork(await openOrt(ort), await checked(graph));
     return (x, count, step, conditioning) =>
       network(x, count, step, conditioning, player.sampleShape);
   }

@@ -2,6 +2,7 @@
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +25,12 @@ std::string first_line(const char* text) {
   const std::string all = text;
   return printable(all.substr(0, std::min(all.find('\n'), std::size_t{300})));
 }
+
+// The graph that serves the steps from `start` on.
+struct Phase {
+  std::uint32_t start;
+  Handle<OrtSession> session;
+};
 
 class OnnxRuntimeNetwork final : public Network {
  public:
@@ -49,7 +56,7 @@ class OnnxRuntimeNetwork final : public Network {
     // bound, not when it is run, and would go on feeding the first sample. On the CPU neither
     // copies, and both write into the output given here.
     OrtValue* output = output_value_.get();
-    check(api_.Run(session_.get(), nullptr, input_names_.data(), inputs_.data(), inputs_.size(),
+    check(api_.Run(session_at(step), nullptr, input_names_.data(), inputs_.data(), inputs_.size(),
                    &output_name_, 1, &output),
           EDGEQDM_INTERNAL, "the network fails: ");
   }
@@ -93,6 +100,13 @@ class OnnxRuntimeNetwork final : public Network {
     return handle(value, api_.ReleaseValue);
   }
 
+  OrtSession* session_at(std::uint32_t step) const noexcept {
+    auto after = std::upper_bound(
+        sessions_.begin(), sessions_.end(), step,
+        [](std::uint32_t wanted, const Phase& phase) { return wanted < phase.start; });
+    return std::prev(after)->session.get();
+  }
+
   void open(const ModelSource& source, const NetworkOptions& asked) {
     OrtSessionOptions* created = nullptr;
     check(api_.CreateSessionOptions(&created), EDGEQDM_INTERNAL, "");
@@ -102,14 +116,23 @@ class OnnxRuntimeNetwork final : public Network {
     check(api_.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_FATAL),
           EDGEQDM_INTERNAL, "");
     if (!asked.provider.empty()) append_provider(options.get(), asked.provider);
-    const std::string refused = "onnxruntime " + library_.version + " refuses model.onnx: ";
     OrtSession* session = nullptr;
-    check(source.bytes != nullptr
-              ? api_.CreateSessionFromArray(env_.get(), source.bytes, source.n_bytes,
-                                            options.get(), &session)
-              : api_.CreateSession(env_.get(), source.path.c_str(), options.get(), &session),
-          EDGEQDM_VERIFY, refused.c_str());
-    session_ = handle(session, api_.ReleaseSession);
+    if (source.bytes != nullptr) {
+      check(api_.CreateSessionFromArray(env_.get(), source.bytes, source.n_bytes, options.get(),
+                                        &session),
+            EDGEQDM_VERIFY, refused("the model").c_str());
+      sessions_.push_back({0, handle(session, api_.ReleaseSession)});
+      return;
+    }
+    for (const auto& [start, path] : source.paths) {
+      check(api_.CreateSession(env_.get(), path.c_str(), options.get(), &session), EDGEQDM_VERIFY,
+            refused(path.substr(path.rfind('/') + 1)).c_str());
+      sessions_.push_back({start, handle(session, api_.ReleaseSession)});
+    }
+  }
+
+  std::string refused(const std::string& what) const {
+    return "onnxruntime " + library_.version + " refuses " + what + ": ";
   }
 
   void append_provider(OrtSessionOptions* options, const std::string& name) const {
@@ -136,11 +159,11 @@ class OnnxRuntimeNetwork final : public Network {
   using GetName = OrtStatus*(ORT_API_CALL*)(const OrtSession*, std::size_t, OrtAllocator*, char**);
   using GetType = OrtStatus*(ORT_API_CALL*)(const OrtSession*, std::size_t, OrtTypeInfo**);
 
-  std::string name_of(GetName get, std::size_t index) const {
+  std::string name_of(const OrtSession* session, GetName get, std::size_t index) const {
     OrtAllocator* allocator = nullptr;
     check(api_.GetAllocatorWithDefaultOptions(&allocator), EDGEQDM_INTERNAL, "");
     char* name = nullptr;
-    check(get(session_.get(), index, allocator, &name), EDGEQDM_INTERNAL, "");
+    check(get(session, index, allocator, &name), EDGEQDM_INTERNAL, "");
     const std::string found = name;
     check(api_.AllocatorFree(allocator, name), EDGEQDM_INTERNAL, "");
     return found;
@@ -148,10 +171,10 @@ class OnnxRuntimeNetwork final : public Network {
 
   // Whether the graph's input or output is a tensor of this type and, but for the first dimension
   // and those the graph leaves open, of this shape.
-  bool fits(GetType get, std::size_t index, ONNXTensorElementDataType type,
-            const std::vector<std::int64_t>& shape) const {
+  bool fits(const OrtSession* session, GetType get, std::size_t index,
+            ONNXTensorElementDataType type, const std::vector<std::int64_t>& shape) const {
     OrtTypeInfo* info = nullptr;
-    check(get(session_.get(), index, &info), EDGEQDM_INTERNAL, "");
+    check(get(session, index, &info), EDGEQDM_INTERNAL, "");
     const auto owned = handle(info, api_.ReleaseTypeInfo);
     const OrtTensorTypeAndShapeInfo* found = nullptr;
     check(api_.CastTypeInfoToTensorInfo(info, &found), EDGEQDM_INTERNAL, "");
@@ -173,25 +196,32 @@ class OnnxRuntimeNetwork final : public Network {
     input_names_ = {"sample", "step"};
     if (table.conditioning == layout::conditioning_label) input_names_.push_back("label");
     if (table.conditioning == layout::conditioning_embedding) input_names_.push_back("embedding");
-    std::size_t n_inputs = 0, n_outputs = 0;
-    check(api_.SessionGetInputCount(session_.get(), &n_inputs), EDGEQDM_INTERNAL, "");
-    check(api_.SessionGetOutputCount(session_.get(), &n_outputs), EDGEQDM_INTERNAL, "");
-    bool good = n_inputs == input_names_.size() && n_outputs >= 1;
-    for (std::size_t k = 0; good && k < n_inputs; ++k) {
-      good = fits_input(name_of(api_.SessionGetInputName, k), k);
-    }
-    good = good && fits(api_.SessionGetOutputTypeInfo, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-                        output_shape_);
-    if (!good) throw Error(EDGEQDM_VERIFY, "model.onnx does not fit schedule.bin");
-    output_name_text_ = name_of(api_.SessionGetOutputName, 0);
+    for (const Phase& phase : sessions_) check_session(phase.session.get());
     output_name_ = output_name_text_.c_str();
   }
 
-  bool fits_input(const std::string& name, std::size_t index) const {
+  void check_session(const OrtSession* session) {
+    std::size_t n_inputs = 0, n_outputs = 0;
+    check(api_.SessionGetInputCount(session, &n_inputs), EDGEQDM_INTERNAL, "");
+    check(api_.SessionGetOutputCount(session, &n_outputs), EDGEQDM_INTERNAL, "");
+    bool good = n_inputs == input_names_.size() && n_outputs >= 1;
+    for (std::size_t k = 0; good && k < n_inputs; ++k) {
+      good = fits_input(session, name_of(session, api_.SessionGetInputName, k), k);
+    }
+    good = good && fits(session, api_.SessionGetOutputTypeInfo, 0,
+                        ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, output_shape_);
+    const std::string output = good ? name_of(session, api_.SessionGetOutputName, 0) : "";
+    if (output_name_text_.empty()) output_name_text_ = output;
+    if (!good || output != output_name_text_) {
+      throw Error(EDGEQDM_VERIFY, "the model does not fit schedule.bin");
+    }
+  }
+
+  bool fits_input(const OrtSession* session, const std::string& name, std::size_t index) const {
     constexpr auto floats = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     constexpr auto integers = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
     const auto of = [&](ONNXTensorElementDataType type, const std::vector<std::int64_t>& shape) {
-      return fits(api_.SessionGetInputTypeInfo, index, type, shape);
+      return fits(session, api_.SessionGetInputTypeInfo, index, type, shape);
     };
     if (name == "sample") return of(floats, sample_shape_);
     if (name == "step") return of(integers, {});
@@ -204,7 +234,7 @@ class OnnxRuntimeNetwork final : public Network {
   const OrtApi& api_;
   Handle<OrtEnv> env_;
   Handle<OrtMemoryInfo> memory_;
-  Handle<OrtSession> session_;
+  std::vector<Phase> sessions_;  // in order
   std::vector<const char*> input_names_;
   std::string output_name_text_;
   const char* output_name_ = nullptr;

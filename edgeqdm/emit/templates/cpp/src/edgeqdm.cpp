@@ -121,24 +121,30 @@ std::vector<float> read_null_embedding(const std::string& path) {
   }
 }
 
+edgeqdm::ModelSource find_model(const std::string& folder, const edgeqdm::Manifest& manifest) {
+  edgeqdm::ModelSource source;
+  for (const auto& [start, name] : edgeqdm::find_graphs(manifest)) {
+    source.paths[start] = folder + "/" + name;
+  }
+  if (source.paths.empty()) throw Error(EDGEQDM_VERIFY, "model.onnx: not in the manifest");
+  return source;
+}
+
 std::unique_ptr<edgeqdm_session> open_folder(const std::string& folder,
                                              const edgeqdm_options& options) {
   auto session = std::make_unique<edgeqdm_session>();
   session->folder = folder;
   const edgeqdm::Manifest manifest = edgeqdm::check_package(folder);
-  for (const char* needed : {"schedule.bin", "model.onnx"}) {
-    if (manifest.files.count(needed) == 0) {
-      throw Error(EDGEQDM_VERIFY, std::string(needed) + ": not in the manifest");
-    }
+  if (manifest.files.count("schedule.bin") == 0) {
+    throw Error(EDGEQDM_VERIFY, "schedule.bin: not in the manifest");
   }
+  const edgeqdm::ModelSource source = find_model(folder, manifest);
   session->table_bytes =
       edgeqdm::read_file(folder + "/schedule.bin", max_table_bytes, EDGEQDM_VERIFY);
   open_table(*session);
   if (manifest.files.count("conditioning.safetensors") != 0) {
     session->null_embedding = read_null_embedding(folder + "/conditioning.safetensors");
   }
-  edgeqdm::ModelSource source;
-  source.path = folder + "/model.onnx";
   open_model(*session, source, options);
   return session;
 }

@@ -80,7 +80,38 @@ std::string fault_of(const std::string& folder, const std::string& name, const A
   return found.size == artifact.size && found.sha256 == artifact.sha256 ? "" : "changed";
 }
 
+// Step of a name like model.step12.onnx; -1 if it is none.
+std::int64_t step_of(const std::string& name) {
+  const std::string before = "model.step", after = ".onnx";
+  const std::size_t n = name.size(), around = before.size() + after.size();
+  if (n <= around || n > around + 9 || name.compare(0, before.size(), before) != 0 ||
+      name.compare(n - after.size(), after.size(), after) != 0) {
+    return -1;
+  }
+  std::int64_t step = 0;
+  for (std::size_t k = before.size(); k < n - after.size(); ++k) {
+    if (name[k] < '0' || name[k] > '9') return -1;
+    step = 10 * step + (name[k] - '0');
+  }
+  return step;
+}
+
 }  // namespace
+
+std::map<std::uint32_t, std::string> find_graphs(const Manifest& manifest) {
+  std::map<std::uint32_t, std::string> found;
+  for (const char* name : {"model.onnx", "model.ort"}) {
+    if (manifest.files.count(name) == 0) continue;
+    found[0] = name;
+    return found;
+  }
+  for (const auto& entry : manifest.files) {
+    const std::int64_t step = step_of(entry.first);
+    if (step >= 0) found[static_cast<std::uint32_t>(step)] = entry.first;
+  }
+  if (found.count(0) == 0) found.clear();
+  return found;
+}
 
 std::string path_fault(const std::string& path) {
   const bool plain = std::all_of(path.begin(), path.end(), [](char c) {

@@ -22,6 +22,9 @@ struct Manifest {
 // Throws Error, VERIFY, for anything but a manifest of the version this runtime reads.
 Manifest parse_manifest(const Bytes& data);
 
+// The package's graphs by the first step that each serves; none where the first is missing.
+std::map<std::uint32_t, std::string> find_graphs(const Manifest& manifest);
+
 // What is wrong with a path as the name of a file of a package; "" if nothing is.
 std::string path_fault(const std::string& path);
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -59,9 +60,10 @@ struct NetworkOptions {
   std::string library;   // file of the runtime's library; "": where it is looked for
 };
 
-// A model in a file or in memory; `bytes` decides where it is not NULL.
+// A model in files, by the first step that each serves, or in memory; `bytes` decides where it is
+// not NULL.
 struct ModelSource {
-  std::string path;
+  std::map<std::uint32_t, std::string> paths;
   const void* bytes = nullptr;
   std::size_t n_bytes = 0;
 };
