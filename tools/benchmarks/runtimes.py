@@ -6,7 +6,8 @@
 The shipped reference models, quantized as `edgeqdm emit` does, drawn by the Python runtime, the C++
 runtime on this machine, the C++ runtime for 64-bit Arm under emulation, and the page in a headless
 Chromium. Samples are held against the Python runtime's: largest and RMS difference, relative to the
-RMS of the samples, and the largest difference of a pixel. Nothing here is timed.
+RMS of the samples, and the largest difference of a pixel. And what a step of the C++ runtime takes
+beside its network (`host_loop.cpp`), one image, CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import typer
 from numpy.typing import NDArray
 
 from edgeqdm import load, pipeline
+from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.bench.latency import time_interleaved
 from edgeqdm.emit import playback
 from edgeqdm.testing import browser as web
 from edgeqdm.testing import native
@@ -116,6 +119,26 @@ def compare(package: Path, found: Samples, expected: Samples) -> dict[str, float
     }
 
 
+def host_loop(package: Path, folder: Path) -> dict[str, float]:
+    """CPU time of a step without the network, and of the network, in microseconds."""
+    cpp = package / "runtime" / "cpp"
+    parts = ("files", "network", "philox", "sampler", "sha256", "solver", "table")
+    sources = [Path(__file__).with_name("host_loop.cpp")]
+    sources += [cpp / "src" / f"{part}.cpp" for part in parts]
+    include = (f"-I{cpp}", f"-I{cpp / 'src'}")
+    program = native.compile_cpp(folder / "host_loop", sources, "-O3", *include)
+    command = [str(program), str(package / "schedule.bin"), "1", "200"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    player, evaluate = playback.open_player(package), OnnxRuntimeBackend().open(package)
+    x = np.zeros((1, *player.sample_shape), np.float32)
+    label = np.zeros(1, np.int64)
+    calls = {"network": lambda: playback.guided(player, evaluate, x, 1, label)}
+    found = {"host_us": float(done.stdout)}
+    found["network_us"] = round(time_interleaved(calls, rounds=60)["network"].p50_us, 1)
+    found["share"] = round(found["host_us"] / (found["host_us"] + found["network_us"]), 5)
+    return found
+
+
 def measure(name: str, work: Path) -> dict[str, Any]:
     """Every runtime against the Python runtime, on one package."""
     package = work / name
@@ -130,7 +153,9 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         row["bound"] = BOUNDS[runtime]
         row["within"] = bool(row["rms_share"] <= row["bound"])
         rows[runtime] = row
-    return {"steps": playback.open_player(package).table.n_steps, "runtimes": rows}
+    steps = playback.open_player(package).table.n_steps
+    with tempfile.TemporaryDirectory() as folder:
+        return {"steps": steps, "runtimes": rows, "host_loop": host_loop(package, Path(folder))}
 
 
 def main(
