@@ -4,9 +4,8 @@
 
 One `If` for every such layer, or for several that are fed the same tensor; what the phases have in
 common is there once and runs as in a graph of one phase: packed once, its buffers planned ahead.
-The step chooses by a table of booleans. A fork costs 1 to 2 us here, and with a fork around every
-layer of `unet-fmnist` in W8A8 (50) an evaluation takes 1.10 times as long; one `If` around all that
-a phase computes took 1.13 times, and packed the weights of a convolution once per phase.
+The step chooses by a table of booleans. Of what a fork costs, and why there is not one around all
+that a phase computes, see `docs/decisions/0014-forks-around-layers.md`.
 
 A branch holds the nodes that no one else needs. Large tensors stand outside, even those that only
 one branch reads: the runtime keeps a second copy of what is in a branch. Two do not: weights of

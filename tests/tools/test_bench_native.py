@@ -22,7 +22,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import typer
 from diffusers import DDPMScheduler
@@ -55,23 +54,6 @@ LONGER = "0.15"
 """So that a run is still at work when a busy machine comes to stop it."""
 GRAPHS = 7
 """Of the kit, the reference with it."""
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's library and Debian's headers, as a release of ONNX Runtime has them."""
-    deps = native_deps(ROOT)
-    if deps is None:
-        pytest.skip(f"no ONNX Runtime headers: tools/native_deps.sh build/native, {DEPS_VARIABLE}")
-    if shutil.which("cmake") is None or shutil.which("c++") is None:
-        pytest.skip("no cmake or no C++ compiler")
-    (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so.*")
-    folder = tmp_path_factory.mktemp("onnxruntime")
-    (folder / "include").symlink_to(deps / "include")
-    (folder / "lib").mkdir()
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (folder / "lib" / name).symlink_to(library)
-    return folder
 
 
 def build(release: Path, folder: Path, *options: str) -> Path:

@@ -33,7 +33,7 @@ FLOAT = 1e-5
 """Largest difference of a float package, relative: sums in another order."""
 INTEGER = 0.03
 """RMS difference of an integer package, relative: codes on the other side of a half-tie. Measured:
-0.8 and 0.6 % after 20 steps of unet-fmnist and dit-fmnist."""
+1.3 and 0.7 % after 20 steps of unet-fmnist and dit-fmnist."""
 KINDS = {
     "w8a8": (W8A8,),
     "w4g32a8dyn": (Precision("w4g32a8dyn"),),

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -47,7 +46,7 @@ from edgeqdm.quantize.plans import default_plan
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, quantize
 from edgeqdm.testing import tiny
 from edgeqdm.testing.conformance import STEPS, quantize_tiny, small_denoiser, tiny_quantized
-from edgeqdm.testing.native import DEPS_VARIABLE, WARNINGS, compile_cpp, native_deps
+from edgeqdm.testing.native import WARNINGS, compile_cpp
 
 ROOT = Path(__file__).parents[3]
 NATIVE = ROOT / "tests" / "native"
@@ -147,23 +146,6 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(packages: Path, tmp_path: Path) -> Path:
     """A package to damage."""
     return Path(shutil.copytree(packages / "label", tmp_path / "package"))
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's library and Debian's headers, as a release of ONNX Runtime has them."""
-    deps = native_deps(ROOT)
-    if deps is None:
-        pytest.skip(f"no ONNX Runtime headers: tools/native_deps.sh build/native, {DEPS_VARIABLE}")
-    if shutil.which("cmake") is None or shutil.which("c++") is None:
-        pytest.skip("no cmake or no C++ compiler")
-    (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so.*")
-    folder = tmp_path_factory.mktemp("onnxruntime")
-    (folder / "include").symlink_to(deps / "include")
-    (folder / "lib").mkdir()
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (folder / "lib" / name).symlink_to(library)
-    return folder
 
 
 def build(packages: Path, release: Path, folder: Path, *options: str) -> Path:
