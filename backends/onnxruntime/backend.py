@@ -185,13 +185,8 @@ class OnnxRuntimeBackend:
 
         return evaluate
 
-    def weight_bytes(
-        self,
-        kind: LayerKind,
-        weight_shape: tuple[int, ...],
-        precision: Precision,
-    ) -> tuple[int, int]:
-        return weight_bytes(kind, weight_shape, precision)
+    def weight_bytes(self, weight_shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
+        return weight_bytes(weight_shape, precision)
 
     def bench_tool(self) -> Mapping[str, File]:
         return {"bench.py": File(_template("bench.py"), "tool")}

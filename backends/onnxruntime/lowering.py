@@ -25,7 +25,7 @@ from onnxscript import values
 from edgeqdm.backends.onnxruntime.blockwise import to_matmulnbits
 from edgeqdm.backends.onnxruntime.phases import CHOOSE as CHOOSE_NODE
 from edgeqdm.backends.onnxruntime.phases import DOMAIN, OF_STEP
-from edgeqdm.backends.onnxruntime.rewrites import join_biases
+from edgeqdm.backends.onnxruntime.rewrites import dequantize_at_load, join_biases
 from edgeqdm.emit.export import CHOOSE, DEQUANTIZE, QCONV2D, QLINEAR, QLINEAR_DYNAMIC
 from edgeqdm.errors import UnsupportedError
 
@@ -282,7 +282,7 @@ def _per_token(x: Any, weight_q: Any, weight_scale: Any) -> Any:
 def dequantize_to_onnx(
     weight_q: Any, weight_scale: Any, weight_zero_point: Any | None, group_size: int
 ) -> Any:
-    """`edgeqdm::dequantize`: weights stay coded in the file."""
+    """`edgeqdm::dequantize`: weights stay coded in the file, see `dequantize_at_load`."""
     if weight_zero_point is None:
         # The scale as a factor of its own: the runtime takes DequantizeLinear with one scale per
         # channel and MatMul for a MatMulNBits on 8-bit activations (1.31.1).
@@ -326,6 +326,7 @@ TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
 def finish(model: onnx.ModelProto) -> onnx.ModelProto:
     """`simplify`, with weights in the layout and the width that they are stored in."""
     finished = simplify(model)
+    dequantize_at_load(finished.graph)
     _pack_blocks(finished.graph)
     _store_in_4_bits(finished.graph)
     return finished
@@ -412,7 +413,7 @@ def _store_in_4_bits(graph: onnx.GraphProto) -> None:
 
 
 def _weight_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
-    places = {"QLinearConv": (3,), "MatMulInteger": (1,), "DequantizeLinear": (0,)}
+    places = {"QLinearConv": (3,), "MatMulInteger": (1,), "Cast": (0,)}
     return places.get(node.op_type, ())
 
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir
+from onnx import numpy_helper
 
 CHANNELS_OF_A_MAP = 3
 """Rank of a bias of feature maps, [C, 1, 1]."""
@@ -118,3 +120,51 @@ def _add_biases(
     node.replace_input_with(0, maps.outputs[0])
     node.replace_input_with(1, joined)
     graph.remove([before, beside], safe=True)
+
+
+def dequantize_at_load(graph: onnx.GraphProto) -> None:
+    """Weights out of `DequantizeLinear`, which ONNX Runtime (1.31.1) computes at every run.
+
+        scale * (code - zero_point)    as Cast, Sub and Mul, which it folds where it loads
+
+    Not before: the exporter would fold them too, and the file hold floats.
+    """
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    places: dict[str, np.ndarray] = {}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in tensors:
+            nodes.append(node)
+        elif len(node.input) == 2:
+            # By a scale of 1: that of its channels is a factor of its own.
+            nodes.append(_cast(node.input[0], node.output[0]))
+        else:
+            nodes += _shifted_and_scaled(node, tensors[node.input[0]].shape[1], places)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in places.items())
+
+
+def _shifted_and_scaled(
+    node: onnx.NodeProto, width: int, places: dict[str, np.ndarray]
+) -> list[onnx.NodeProto]:
+    """Weight [N, K] of its codes, scale and zero_point per group of `block_size` columns."""
+    block_size = next(a.i for a in node.attribute if a.name == "block_size")
+    group = f"groups of {block_size} in {width}"
+    places[group] = np.arange(width, dtype=np.int32) // block_size
+    codes, scale, zero_point = node.input
+    real, real_zero, zeros, shifted, scales = (
+        f"{node.output[0]}/{each}" for each in ("codes", "zero", "zeros", "shifted", "scales")
+    )
+    return [
+        _cast(codes, real),
+        _cast(zero_point, real_zero),
+        onnx.helper.make_node("Gather", [real_zero, group], [zeros], zeros, axis=1),
+        onnx.helper.make_node("Sub", [real, zeros], [shifted], shifted),
+        onnx.helper.make_node("Gather", [scale, group], [scales], scales, axis=1),
+        onnx.helper.make_node("Mul", [shifted, scales], [node.output[0]], node.output[0]),
+    ]
+
+
+def _cast(codes: str, real: str) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [codes], [real], real, to=onnx.TensorProto.FLOAT)

@@ -106,12 +106,7 @@ class Backend(Protocol):
     def open(self, package: Path, *, threads: int = 1) -> Evaluate:
         """The package's network on this host."""
 
-    def weight_bytes(
-        self,
-        kind: LayerKind,
-        weight_shape: tuple[int, ...],
-        precision: Precision,
-    ) -> tuple[int, int]:
+    def weight_bytes(self, weight_shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
         """Bytes of a layer's weight, scales included: in the package, and once it is loaded."""
 
     def bench_tool(self) -> Mapping[str, File]:

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeqdm.errors import InputError
-from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import DeploymentPlan
 from edgeqdm.ir.precision import FP32, TABLE, ActivationPolicy, Precision
 from edgeqdm.ir.profile import BoundaryKind, LatencyProfile, OpKey, PhaseCost, WholeGraph
@@ -313,14 +312,14 @@ class StorageModel:
 
     Attributes:
         network: its operations.
-        weight_bytes: (kind, shape of the weight, precision) -> bytes on disk and resident.
+        weight_bytes: (shape of the weight, precision) -> bytes on disk and resident.
         base_bytes: of everything that is no weight of a layer, on disk; all but the network's other
             tensors is the graph's nodes, and a further variant of a layer has its share of those.
         tables: bytes of a layer's table, for layers that may become one.
     """
 
     network: NetworkKeys
-    weight_bytes: Callable[[LayerKind, tuple[int, ...], Precision], tuple[int, int]]
+    weight_bytes: Callable[[tuple[int, ...], Precision], tuple[int, int]]
     base_bytes: int
     tables: Mapping[str, int]
 
@@ -329,7 +328,7 @@ class StorageModel:
         if precision == TABLE:
             return self.tables[layer], self.tables[layer]
         key = self.network.keys[layer]
-        return self.weight_bytes(key.kind, key.weight_shape, precision)
+        return self.weight_bytes(key.weight_shape, precision)
 
     @property
     def variant_bytes(self) -> int:

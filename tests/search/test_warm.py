@@ -50,7 +50,7 @@ def linear(width: int) -> OpKey:
 NETWORK = NetworkKeys(MODEL, 1, {name: linear(width) for name, width in WIDTHS.items()}, SIBLINGS)
 
 
-def weight_bytes(kind: LayerKind, shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
+def weight_bytes(shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
     """Codes and a scale per output channel, float32."""
     disk = math.prod(shape) * precision.weight_bits // 8 + 4 * shape[0]
     return disk, 2 * disk

@@ -49,7 +49,7 @@ def linear(width: int) -> OpKey:
     return OpKey(kind=LayerKind.LINEAR, input_shape=shape, weight_shape=weight, bias=True)
 
 
-def weight_bytes(kind: LayerKind, shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
+def weight_bytes(shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
     disk = math.prod(shape) * precision.weight_bits // 8
     return disk, 2 * disk
 

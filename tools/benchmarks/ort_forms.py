@@ -40,8 +40,12 @@ from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit.export import export_onnx
 from edgeqdm.emit.package import exportable
+from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.plan import DeploymentPlan
+from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.profile import OpKey
 from edgeqdm.models.denoiser import Denoiser
+from edgeqdm.profile.kit import one_layer
 from edgeqdm.profile.opkeys import evaluation_batch
 from edgeqdm.quantize.plans import default_plan, float_plan
 from edgeqdm.quantize.quantizer import QuantizedDenoiser, quantize
@@ -349,8 +353,23 @@ def attention_forms(length: int, heads: int, width: int) -> dict[str, onnx.Model
     return found
 
 
+def weight_forms(outputs: int, inputs: int, precision: str) -> dict[str, onnx.ModelProto]:
+    """A linear layer of one row with its weight in codes and its activations in float."""
+    shape = (1, inputs)
+    key = OpKey(
+        kind=LayerKind.LINEAR, input_shape=shape, weight_shape=(outputs, inputs), bias=False
+    )
+    network = one_layer(key, Precision(precision))
+    fed = {"sample": torch.zeros(2, inputs), "step": torch.tensor(0)}
+    found = {"at load": lowering.finish(export_onnx(network, fed, lowering.TRANSLATION))}
+    with mock.patch.object(lowering, "dequantize_at_load", nothing):
+        found["at every run"] = lowering.finish(export_onnx(network, fed, lowering.TRANSLATION))
+    return found
+
+
 NORMS = ((128, 32, 32), (256, 16, 32), (256, 8, 32), (512, 4, 32), (32, 16, 8), (64, 8, 8))
 ATTENTIONS = ((64, 3, 64), (256, 1, 256), (256, 12, 64), (1024, 1, 128), (1024, 8, 64))
+WEIGHTS = ((256, 128, "w8"), (768, 768, "w8"), (768, 768, "w4"), (768, 768, "w4g64"))
 
 
 def operators(rounds: int) -> dict[str, Any]:
@@ -362,6 +381,9 @@ def operators(rounds: int) -> dict[str, Any]:
     for length, heads, width in ATTENTIONS:
         name = f"attention L{length} {heads} heads of {width}"
         found[name] = timed(attention_forms(length, heads, width), 1, rounds)
+    for outputs, inputs, precision in WEIGHTS:
+        name = f"one row through {inputs} to {outputs}, {precision}"
+        found[name] = timed(weight_forms(outputs, inputs, precision), 1, rounds)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
+from edgeqdm.backends.onnxruntime.phases import branches, fork
 from edgeqdm.backends.onnxruntime.rewrites import join_biases
 from edgeqdm.emit.export import export_onnx
+from edgeqdm.ir.model import LayerKind
+from edgeqdm.ir.precision import Precision
+from edgeqdm.ir.profile import OpKey
+from edgeqdm.profile.kit import one_layer
 
 C, SIDE = 4, 3
 SUMMATION = 1e-6
@@ -189,13 +195,18 @@ def test_attention_equals_torch(network: Attention, shape: tuple[int, ...]) -> N
     np.testing.assert_allclose(run(model, sample=x.numpy()), expected, rtol=0, atol=1e-5)
 
 
+def optimized(model: onnx.ModelProto, folder: Path) -> onnx.GraphProto:
+    """What the runtime makes of it at load."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "optimized.onnx").graph
+
+
 def test_heads_are_not_turned_twice(tmp_path: Path) -> None:
     """What turns them for the operator undoes what turned them for torch, at load."""
     model = exported(Attention(4), torch.zeros(2, 16, 32))
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    graph = optimized(model, tmp_path)
     assert Counter(n.op_type for n in graph.node)["Transpose"] == 0
 
 
@@ -245,3 +256,93 @@ def test_scale_and_shift_are_one_pass(shape: tuple[int, ...], affine: bool) -> N
     with torch.no_grad():
         expected = network(x, torch.tensor(0)).numpy()
     np.testing.assert_allclose(run(model, sample=x.numpy()), expected, rtol=0, atol=2e-6)
+
+
+# Weights in codes, activations in float.
+
+
+def linear(width: int) -> OpKey:
+    shape, weight = (2, 8, width), (24, width)
+    return OpKey(kind=LayerKind.LINEAR, input_shape=shape, weight_shape=weight, bias=False)
+
+
+CONV = OpKey(
+    kind=LayerKind.CONV2D,
+    input_shape=(2, 6, 8, 8),
+    weight_shape=(10, 6, 3, 3),
+    bias=False,
+    stride=(1, 1),
+    padding=(1, 1),
+    dilation=(1, 1),
+    groups=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "precision"),
+    [
+        *((linear(64), text) for text in ("w8", "w6", "w4", "w8g32", "w4g16")),
+        # Groups that the last inputs do not fill, and layers of which all would be folded early.
+        *((linear(width), "w4g32") for width in (72, 8)),
+        *((CONV, text) for text in ("w8", "w4")),
+    ],
+    ids=str,
+)
+def test_weights_are_dequantized_at_load_bit_by_bit(
+    key: OpKey, precision: str, tmp_path: Path
+) -> None:
+    network = one_layer(key, Precision(precision))
+    x = torch.randn(key.input_shape, generator=torch.Generator().manual_seed(0))
+    model = exported(network, x)
+    coded = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4}
+    weights = math.prod(key.weight_shape)
+    stored = [t for t in model.graph.initializer if math.prod(t.dims) == weights]
+    assert len(stored) == 1
+    assert stored[0].data_type in coded
+
+    graph = optimized(model, tmp_path)
+    assert {n.op_type for n in graph.node} <= {"MatMul", "Conv", "ReorderInput", "ReorderOutput"}
+    expected = network.layer.float_weight()
+    found = [t for t in map(numpy_helper.to_array, graph.initializer) if t.size >= weights]
+    if key.kind is LayerKind.LINEAR:
+        np.testing.assert_array_equal(found[0], expected.numpy().T)
+    with torch.no_grad():
+        y = network(x, torch.tensor(0)).numpy()
+    np.testing.assert_allclose(run(model, sample=x.numpy()), y, rtol=0, atol=2e-6)
+
+
+class OfTwo(nn.Module):
+    """Another precision at every step."""
+
+    def __init__(self, key: OpKey, *precisions: str) -> None:
+        super().__init__()
+        self.variants = nn.ModuleList(one_layer(key, Precision(text)) for text in precisions)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        outputs = [each(x, step) for each in self.variants]
+        of_step = list(range(len(outputs)))
+        chosen: Tensor = torch.ops.edgeqdm.choose(x, outputs, of_step, step)
+        return chosen
+
+
+@pytest.mark.parametrize("precisions", [("w8", "w4"), ("w8", "w6", "w4g16")])
+def test_weights_of_a_fork_are_dequantized_at_load(
+    precisions: tuple[str, ...], tmp_path: Path
+) -> None:
+    # Large enough that its weights stand outside the branches.
+    key = linear(1024)
+    network, x = OfTwo(key, *precisions), torch.randn(key.input_shape)
+    model = fork(exported(network, x))
+    kinds = Counter(n.op_type for graph in graphs(optimized(model, tmp_path)) for n in graph.node)
+    assert kinds["MatMul"] == len(precisions)
+    assert not {"Cast", "Sub", "Mul", "DequantizeLinear"} & set(kinds)
+    for step in range(len(precisions)):
+        with torch.no_grad():
+            expected = network(x, torch.tensor(step)).numpy()
+        found = run(model, sample=x.numpy(), step=np.array(step, np.int64))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """A graph and all graphs inside it."""
+    return [graph, *(inner for branch in branches(graph) for inner in graphs(branch))]

@@ -71,16 +71,18 @@ def stored_bytes(tensor: onnx.TensorProto) -> int:
 def weight_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     """Initializers of at least one value per output channel: codes, scales and zero points.
 
-    The zeros that QLinearConv wants for a zero point are not among them: all convolutions of as
-    many channels share one tensor of them.
+    The zeros that QLinearConv wants for a zero point are not among them, nor the group of every
+    column: all layers of one shape share one tensor of them.
     """
     zeros = {n.input[5] for n in model.graph.node if n.op_type == "QLinearConv"}
     tables = {n.input[0] for n in model.graph.node if n.op_type == "Gather"}
+    gathered = {n.input[1] for n in model.graph.node if n.op_type == "Gather"}
     return [
         tensor
         for tensor in model.graph.initializer
         if len(tensor.dims) > 0
-        and tensor.name not in zeros | tables
+        and tensor.name not in zeros | gathered
+        and not (tensor.name in tables and len(tensor.dims) == 1)
         and tensor.data_type != onnx.TensorProto.INT64
     ]
 
@@ -89,24 +91,24 @@ def weight_tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 def test_weight_bytes_are_those_of_the_emitted_graph(key: OpKey, precision: Precision) -> None:
     model = emitted(one_layer(key, precision), key)
     found = sum(map(stored_bytes, weight_tensors(model)))
-    on_disk, resident = weight_bytes(key.kind, key.weight_shape, precision)
+    on_disk, resident = weight_bytes(key.weight_shape, precision)
     assert found == on_disk
     assert resident >= on_disk
     # As a backend it says the same.
-    assert OnnxRuntimeBackend().weight_bytes(key.kind, key.weight_shape, precision) == (
+    assert OnnxRuntimeBackend().weight_bytes(key.weight_shape, precision) == (
         on_disk,
         resident,
     )
 
 
 def test_fewer_bits_never_take_more_bytes_on_disk() -> None:
-    for kind, offered in MENU.items():
+    for offered in MENU.values():
         for precision in offered:
             if precision == TABLE or precision.weight_bits != 8:
                 continue
             narrow = Precision(precision.replace("w8", "w4"))
             for shape in ((320, 320), (7, 129), (64, 32, 3, 3)):
-                four, eight = (weight_bytes(kind, shape, p) for p in (narrow, precision))
+                four, eight = (weight_bytes(shape, p) for p in (narrow, precision))
                 assert four[0] < eight[0]
 
 
@@ -174,7 +176,7 @@ def test_a_layer_that_is_called_twice_is_stored_once_as_integers(precision: str)
         assert tensors[weight].data_type == onnx.TensorProto.INT8
     turned = [n for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in tensors]
     assert turned == []
-    on_disk, _ = weight_bytes(key.kind, key.weight_shape, Precision(precision))
+    on_disk, _ = weight_bytes(key.weight_shape, Precision(precision))
     assert sum(map(stored_bytes, weight_tensors(model))) == on_disk
     for step in (0, 3):
         x = torch.randn(key.input_shape)
