@@ -141,8 +141,11 @@ def lowered(quantized: QuantizedDenoiser, form: str = "") -> onnx.ModelProto:
         return lowering.finish(export_onnx(model.network, model.inputs, translation))
 
 
-def with_constant_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with the scales of one step instead of tables."""
+def with_given_scales(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with the scales of one step instead of tables.
+
+    They are inputs that need not be fed: of constants the runtime would fuse other operators.
+    """
     found = onnx.ModelProto()
     found.CopyFrom(model)
     tables = {t.name: t for t in found.graph.initializer if len(t.dims) == 1 and t.data_type == 1}
@@ -150,6 +153,7 @@ def with_constant_scales(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "Gather" and node.input[0] in tables and "step" in node.input[1]:
             value = numpy_helper.to_array(tables[node.input[0]])[STEP]
             found.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+            found.graph.input.append(helper.make_tensor_value_info(node.output[0], 1, []))
             found.graph.node.remove(node)
     return found
 
@@ -213,7 +217,7 @@ def graphs_of(denoiser: Denoiser) -> dict[str, onnx.ModelProto]:
         found[f"{form} off"] = lowered(quantized, form)
     found["time tables off"] = lowered(coded(without_tables(denoiser)))
     found["shared quantization off"] = with_own_quantization(found["all on"])
-    found["scale tables off"] = with_constant_scales(found["all on"])
+    found["scale tables off"] = with_given_scales(found["all on"])
     return found
 
 
