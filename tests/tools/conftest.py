@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -33,54 +33,45 @@ from edgeqdm.testing.tiny import DIT_CONFIG, build_network, write_pipeline
 BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"
 
 
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session", autouse=True)
+def _importable() -> None:
+    """Scripts import each other, as where one is run: its folder stands first."""
+    sys.path.insert(0, str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
-    return load_tool("ablation")
+    return import_module("ablation")
 
 
 @pytest.fixture(scope="module")
-def noise(ablation: ModuleType) -> ModuleType:
-    """After `ablation`, which it imports."""
-    return load_tool("noise")
+def noise() -> ModuleType:
+    return import_module("noise")
 
 
 @pytest.fixture(scope="module")
 def peers() -> ModuleType:
-    return load_tool("peers")
+    return import_module("peers")
 
 
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
-    return load_tool("scale")
+    return import_module("scale")
 
 
 @pytest.fixture(scope="module")
-def native_agreement(scale: ModuleType) -> ModuleType:
-    """After `scale`, which it imports."""
-    return load_tool("native_agreement")
+def native_agreement() -> ModuleType:
+    return import_module("native_agreement")
 
 
 @pytest.fixture(scope="module")
-def searches(ablation: ModuleType, peers: ModuleType) -> ModuleType:
-    """After the two it imports."""
-    return load_tool("search")
+def searches() -> ModuleType:
+    return import_module("search")
 
 
 @pytest.fixture(scope="module")
-def prediction(ablation: ModuleType) -> ModuleType:
-    """After `ablation`, which it imports."""
-    return load_tool("prediction")
+def prediction() -> ModuleType:
+    return import_module("prediction")
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +167,10 @@ def profile(denoiser: Denoiser) -> LatencyProfile:
 
 
 @pytest.fixture(scope="module")
-def forms(ablation: ModuleType) -> ModuleType:
-    """After `ablation`, which it imports."""
-    return load_tool("ort_forms")
+def forms() -> ModuleType:
+    return import_module("ort_forms")
 
 
 @pytest.fixture(scope="module")
-def phases(forms: ModuleType) -> ModuleType:
-    """After `ort_forms`, which it imports."""
-    return load_tool("phases")
+def phases() -> ModuleType:
+    return import_module("phases")

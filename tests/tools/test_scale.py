@@ -111,7 +111,8 @@ def test_a_row_that_failed_is_tried_again(
     failed: dict[str, Any] = {"stages": [], "check": {"error": "killed"}}
     rows = {"dit-xl-2 w8a8": verified, "dit-xl-2 w4g128a8dyn": failed}
     settings = {"size": "tiny", "steps": 2, "samples": 2, "threads": 2}
-    head = {"commit": scale.commit(), "machine": scale.machine(), "settings": settings}
+    of_here = {"commit": scale.reports.commit(), "machine": scale.reports.machine()}
+    head = {**of_here, "settings": settings}
     out.write_text(json.dumps({**head, "rows": rows}))
 
     def run_row(name: str, precision: str, *_: Any) -> dict[str, Any]:

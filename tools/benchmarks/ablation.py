@@ -15,7 +15,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import reports
 import typer
 
 MODELS = ("unet-fmnist", "dit-fmnist")
@@ -500,7 +500,11 @@ class Progress:
 
     def finish(self, task: Task, result: dict[str, Any]) -> None:
         with self._lock:
-            self._report["rows"][task.key] = {**result, "methods": task.methods, "commit": commit()}
+            self._report["rows"][task.key] = {
+                **result,
+                "methods": task.methods,
+                "commit": reports.commit(),
+            }
             write_report(self._report, self._out)
             self._done += 1
             spent = (time.monotonic() - self._started) / 60
@@ -529,7 +533,7 @@ def read_report(file: Path, options: dict[str, Any]) -> dict[str, Any]:
         return report
     return {
         "command": "python tools/benchmarks/ablation.py " + " ".join(sys.argv[1:]),
-        "machine": {"cpu": cpu_name(), "system": platform.system(), "threads_per_row": 1},
+        "machine": {**reports.machine(), "threads_per_row": 1},
         "options": options,
         "provenance": "measured with the integer reference in torch; minutes are CPU minutes",
         "rows": {},
@@ -547,22 +551,6 @@ def is_current(key: str, found: dict[str, Any]) -> bool:
     if wanted and "feature_fid" not in found:
         return False
     return bool(task.methods == found.get("methods"))
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    # The output is of no influence and may be one of the tracked files.
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ":!docs"))
-    return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:

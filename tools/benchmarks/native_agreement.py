@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import scale
+import reports
 import typer
 
 from edgeqdm import load, tuning
@@ -129,17 +129,14 @@ def main(
             tuning.write_kit(load(model, steps=20), kit, wholes=wholes)
     found = compared(tool, kit, work, pairs=pairs, threads=threads, seconds=seconds)
     report = {
-        "command": "python tools/benchmarks/native_agreement.py " + " ".join(sys.argv[1:]),
-        "commit": scale.commit(),
-        "machine": scale.machine(),
+        **reports.head("native_agreement.py"),
         "kit": json.loads((kit / KIT).read_text())["model_name"],
         "pairs": pairs,
         "threads": threads,
         "seconds": seconds,
         **found,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(report, out)
     for name, part in found["summary"].items():
         typer.echo(
             f"{name:8} n {part['n']:4}  p10 {part['p10']:.4f}  median {part['median']:.4f}  "

@@ -10,15 +10,13 @@ in the work folder is used again.
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import ablation
 import numpy as np
+import reports
 import torch
 import typer
 
@@ -93,14 +91,11 @@ def main(
     """Measure, along the float model's DDIM trajectories with eta 0."""
     torch.set_num_threads(1)
     report = {
-        "command": "python tools/benchmarks/noise.py " + " ".join(sys.argv[1:]),
-        "commit": ablation.commit(),
-        "machine": {"cpu": ablation.cpu_name(), "system": platform.system()},
+        **reports.head("noise.py"),
         "trajectories": ablation.RUNS,
         "models": {name: measured(name, width, work) for name in model},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(report, out)
 
 
 if __name__ == "__main__":

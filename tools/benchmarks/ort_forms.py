@@ -11,8 +11,6 @@ of these models, form beside form.
 from __future__ import annotations
 
 import json
-import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
 
-import ablation
 import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime as ort
+import reports
 import torch
 import typer
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
@@ -399,18 +397,11 @@ def main(
     """Emit every variant and time it."""
     torch.set_num_threads(1)
     report = {
-        "command": "python tools/benchmarks/ort_forms.py " + " ".join(sys.argv[1:]),
-        "commit": ablation.commit(),
-        "machine": {
-            "cpu": ablation.cpu_name(),
-            "system": platform.system(),
-            "onnxruntime": ort.__version__,
-        },
+        **reports.head("ort_forms.py"),
         "models": {name: measure(name, rounds) for name in model},
         "operators": operators(rounds),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(report, out)
 
 
 if __name__ == "__main__":

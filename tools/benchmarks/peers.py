@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import reports
 import typer
 from onnx import numpy_helper
 from onnxruntime.quantization import (
@@ -278,10 +278,7 @@ def main(
 ) -> None:
     """Measure and print all rows of every model, and write them as JSON."""
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        **reports.head("peers.py"),
         "models": {},
     }
     # The quantizers advise a pre-processing that changes nothing on these graphs, once per node.

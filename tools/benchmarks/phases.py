@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import ablation
 import numpy as np
 import onnx
 import onnxruntime as ort
 import ort_forms
+import reports
 import torch
 import typer
 
@@ -153,17 +152,10 @@ def main(
         return
     torch.set_num_threads(1)
     report = {
-        "command": "python tools/benchmarks/phases.py " + " ".join(sys.argv[1:]),
-        "commit": ablation.commit(),
-        "machine": {
-            "cpu": ablation.cpu_name(),
-            "system": platform.system(),
-            "onnxruntime": ort.__version__,
-        },
+        **reports.head("phases.py"),
         "models": {name: measure(name, rounds) for name in model},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(report, out)
 
 
 if __name__ == "__main__":

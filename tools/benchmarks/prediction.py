@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import platform
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import ablation
 import numpy as np
+import reports
 import torch
 import typer
 
@@ -60,7 +57,7 @@ def measured(
     drawn = wholes[len(uniform) :]
     pairs = list(itertools.pairwise(drawn[: PAIRS + 1]))
     request = KitRequest(entries=[], wholes=wholes, pairs=pairs)
-    key = hashlib.sha256(f"{edgeqdm.__version__} {ablation.commit()} {request}".encode())
+    key = hashlib.sha256(f"{edgeqdm.__version__} {reports.commit()} {request}".encode())
     kit = work / f"prediction-{name}-{key.hexdigest()[:16]}"
     if not (kit / KIT).is_file():
         make_kit(denoiser, load_backend(profile.target), request, kit)
@@ -110,14 +107,11 @@ def main(
     torch.set_num_threads(1)
     adopted = read_profile(profile).profile
     report = {
-        "command": "python tools/benchmarks/prediction.py " + " ".join(sys.argv[1:]),
-        "commit": ablation.commit(),
-        "machine": {"cpu": ablation.cpu_name(), "system": platform.system()},
+        **reports.head("prediction.py"),
         "profile": profile,
         "models": {name: measured(name, adopted, plans, seconds, work) for name in model},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(report, out)
 
 
 if __name__ == "__main__":

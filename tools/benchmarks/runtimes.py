@@ -12,9 +12,7 @@ beside its network (`host_loop.cpp`), one image, CPU time of one thread.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import ablation
 import numpy as np
 import onnxruntime as ort
+import reports
 import torch
 import typer
 from numpy.typing import NDArray
@@ -169,19 +167,12 @@ def main(
     shutil.rmtree(work, ignore_errors=True)
     models = {name: measure(name, work.resolve()) for name in model}
     report = {
-        "command": "python tools/benchmarks/runtimes.py " + " ".join(sys.argv[1:]),
-        "commit": ablation.commit(),
-        "machine": {
-            "cpu": ablation.cpu_name(),
-            "system": platform.system(),
-            "onnxruntime": ort.__version__,
-        },
+        **reports.head("runtimes.py"),
         "seed": SEED,
         "labels": LABELS,
         "models": models,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(report, out)
     bad = [
         f"{name}: {runtime}"
         for name, each in models.items()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -20,10 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import reports
 import torch
 import typer
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
@@ -317,29 +316,6 @@ def do_task(text: str) -> None:
     print(json.dumps(result or {}))
 
 
-def commit() -> str:
-    """Hash of the measured tree, marked where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    folder = Path(__file__).parent
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    return found.stdout.strip()
-
-
-def machine() -> dict[str, Any]:
-    """This machine and its libraries."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    names = ("torch", "diffusers", "onnx", "onnxruntime")
-    return {
-        "machine": platform.machine(),
-        "cpu": cpu or platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "libraries": {name: version(name) for name in names},
-    }
-
-
 def show(rows: Mapping[str, Any]) -> None:
     """Print one line per stage."""
     console = Console(width=110)
@@ -375,7 +351,7 @@ def main(
         return do_task(task)
     check_size(size)
     settings = {"size": size, "steps": steps, "samples": samples, "threads": threads}
-    head = {"commit": commit(), "machine": machine(), "settings": settings}
+    head = {"commit": reports.commit(), "machine": reports.machine(), "settings": settings}
     result = kept(out, head)
     # Every model at its first precision before any at its second.
     by_model = [[(name, p) for p in MODELS[name].precisions] for name in model]

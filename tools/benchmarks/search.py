@@ -20,17 +20,16 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import ablation
 import numpy as np
 import optuna
 import peers
+import reports
 import torch
 import typer
 
@@ -216,7 +215,7 @@ def _load(out: Path) -> Report:
 
 
 def _save(out: Path, report: Report) -> None:
-    report["machine"] = {"cpu": ablation.cpu_name(), "system": platform.system()}
+    report["machine"] = reports.machine()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(out, (json.dumps(report, indent=1) + "\n").encode())
 
@@ -247,7 +246,7 @@ def run(
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Of the code that runs, whatever is committed meanwhile.
-    commit = ablation.commit()
+    commit = reports.commit()
     for name in model:
         by_phases = {p: task_of(name, profile, work, phases=p) for p in (1, 3)}
         damage = damage_of(by_phases[1], lambda *told: print(*told, flush=True))
@@ -299,7 +298,7 @@ def remeasure(
     """
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)
-    commit = ablation.commit()
+    commit = reports.commit()
     for name in model:
         report = _load(out)
         plans: dict[str, DeploymentPlan] = {}

@@ -17,7 +17,8 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from edgeqdm.backends.onnxruntime import backend
-from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.forms import GRAPH
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Backend, Exportable
 from edgeqdm.errors import UnsupportedError, VerifyError

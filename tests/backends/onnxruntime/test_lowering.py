@@ -18,7 +18,8 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 import edgeqdm
-from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.forms import GRAPH
 from edgeqdm.backends.onnxruntime.lint import check_graph
 from edgeqdm.emit.backend import Exportable
 from edgeqdm.errors import VerifyError

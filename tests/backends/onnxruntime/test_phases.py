@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from edgeqdm import pipeline
-from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.forms import GRAPH
 from edgeqdm.backends.onnxruntime.phases import CHOOSE, DOMAIN, branches, count_ops, fork
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Evaluate, Exportable

@@ -22,7 +22,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from edgeqdm.backends.onnxruntime import lowering
-from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.forms import GRAPH
 from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback

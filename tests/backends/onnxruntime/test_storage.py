@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edgeqdm.backends.onnxruntime.backend import GRAPH, OnnxRuntimeBackend
+from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
 from edgeqdm.backends.onnxruntime.boundaries import boundary_graph
+from edgeqdm.backends.onnxruntime.forms import GRAPH
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import Exportable
 from edgeqdm.errors import UnsupportedError
