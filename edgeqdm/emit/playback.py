@@ -42,6 +42,10 @@ class PlaybackError(Exception):
     """A package or an argument cannot be used; the message says which and why."""
 
 
+class NotFiniteError(PlaybackError):
+    """The network or the sampler gave NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Player:
     """A package's schedule, ready to run."""
@@ -99,13 +103,14 @@ def check_conditioning(player: Player, conditioning: NDArray[Any] | None, n_imag
         if conditioning is not None:
             raise PlaybackError("this model takes no label and no embedding")
         return
+    named = "a label" if wanted["kind"] == "label" else "an embedding"
     if conditioning is None:
-        raise PlaybackError(f"this model needs a {wanted['kind']} for every image")
+        raise PlaybackError(f"this model needs {named} for every image")
     shape = (n_images, *wanted["shape"])
     if conditioning.shape != shape:
         raise PlaybackError(f"conditioning must be {shape}, got {conditioning.shape}")
     if (conditioning.dtype.kind in "iu") != (wanted["kind"] == "label"):
-        raise PlaybackError(f"this model needs a {wanted['kind']}, not {conditioning.dtype}")
+        raise PlaybackError(f"this model needs {named}, not {conditioning.dtype}")
     if wanted["kind"] == "label":
         outside = conditioning[(conditioning < 0) | (conditioning >= wanted["n_labels"])]
         if outside.size:
@@ -143,18 +148,32 @@ def sample(
     images: Sequence[int],
     on_step: Callable[[int, Array], None] | None = None,
 ) -> Array:
-    """Draw samples, float32 [B, C, H, W]; image k depends on (seed, k) only, not on the batch."""
+    """Draw samples, float32 [B, C, H, W]; image k depends on (seed, k) only, not on the batch.
+
+    Raises:
+        PlaybackError: where the conditioning does not fit.
+        NotFiniteError: naming the step whose output or samples are NaN or infinite.
+    """
     check_conditioning(player, conditioning, len(images))
     shape = player.sample_shape
 
     def predict(x: Array, step: int) -> Array:
-        return guided(player, evaluate, x, step, conditioning)
+        output = guided(player, evaluate, x, step, conditioning)
+        if not np.isfinite(output).all():
+            raise NotFiniteError(f"the network gave NaN or infinity at step {step}")
+        return output
+
+    def stepped(step: int, x: Array) -> None:
+        if not np.isfinite(x).all():
+            raise NotFiniteError(f"the samples are NaN or infinite after step {step}")
+        if on_step is not None:
+            on_step(step, x)
 
     def noise(step: int) -> Array:
         return philox.batch_normal(seed, philox.step_stream(step), images, shape)
 
     initial = philox.batch_normal(seed, philox.INITIAL_STREAM, images, shape)
-    return solver.run(player.table, predict, initial, noise, on_step)
+    return solver.run(player.table, predict, initial, noise, stepped)
 
 
 def decode(player: Player, samples: Array) -> NDArray[np.uint8]:

@@ -161,7 +161,7 @@ def table_arrays(schedule: ScheduleFile) -> dict[str, NDArray[np.float32]]:
         "sample_weights": table.sample_weights,
         "output_weights": table.output_weights,
         "noise_std": _per_channel(table.noise_std, channels),
-        "golden_noise_rms": np.array(schedule.golden_noise_rms, np.float64).astype(np.float32),
+        "golden_noise_rms": np.array([_rounded(x) for x in schedule.golden_noise_rms], np.float32),
     }
     if table.clip is not None:
         found["clip_sample_weight"] = table.clip.sample_weight
@@ -266,6 +266,10 @@ def _check_conditioning(schedule: ScheduleFile, scalars: Mapping[str, int | floa
         raise _unsupported(f"a conditioning by {kind} with {scalars['labels']} labels")
     if kind != "label" and scalars["null_label"] != -1:
         raise _unsupported(f"a conditioning by {kind} with a null label")
+    if scalars["null_label"] > scalars["labels"]:
+        raise _unsupported(f"null label {scalars['null_label']} of {scalars['labels']} labels")
+    if scalars["label_names"] > scalars["labels"]:
+        raise _unsupported(f"{scalars['label_names']} names of {scalars['labels']} labels")
     if (kind == "embedding") != bool(schedule.conditioning.shape):
         raise _unsupported(f"a conditioning by {kind} of shape {schedule.conditioning.shape}")
 

@@ -292,7 +292,7 @@ def test_an_image_depends_on_its_number_only(probe: ctypes.CDLL) -> None:
         (LABELS, {"labels": np.array([0, 3])}, "label 3 is out of range 0..2"),
         (LABELS, {"labels": np.array([-1, 0])}, "label -1 is out of range 0..2"),
         (LABELS, {"embeddings": np.zeros(20, np.float32)}, "this model needs a label for every"),
-        (EMBEDDING, {}, "this model needs a embedding for every image"),
+        (EMBEDDING, {}, "this model needs an embedding for every image"),
         (EMBEDDING, {"embeddings": np.full(20, np.nan, np.float32)}, "NaN or infinity"),
         (Conditioning(kind="none"), {"labels": np.array([0, 1])}, "takes no label"),
         (Conditioning(kind="none"), {"images": range(0)}, "at least 1"),
@@ -317,6 +317,20 @@ def test_more_images_than_can_be_counted_are_refused(probe: ctypes.CDLL) -> None
     status = probe.probe_sample(*table, None, size(0), seed, first, n_images, *places)
     assert status == ResourceError.exit_code
     assert message.value == b"out of memory - draw fewer images at once"
+
+
+def test_samples_that_overflow_name_their_step(probe: ctypes.CDLL) -> None:
+    def large(x: Any, step: int, conditioning: Any) -> Any:
+        return np.full_like(network(x, step, conditioning), 3e38)
+
+    schedule = random_schedule(0)
+    weights = tuple(
+        tuple(10.0 * (k == 0) for k in range(len(row))) for row in schedule.program.output_weights
+    )
+    program = schedule.program.model_copy(update={"output_weights": weights})
+    status, message, _ = draw(probe, schedule.model_copy(update={"program": program}), large)
+    assert status == NumericalError.exit_code
+    assert message.startswith("the samples are NaN or infinite after step 0")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

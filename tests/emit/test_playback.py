@@ -173,7 +173,7 @@ NO_CONDITIONING = {"kind": "none", "shape": [], "n_labels": 0, "null_label": Non
         (LABELS, np.array([0]), r"must be \(2,\), got \(1,\)"),
         (LABELS, np.array([0, 3]), r"label 3 is out of range 0\.\.2"),
         (LABELS, np.array([-1, 0]), "label -1 is out of range"),
-        (EMBEDDING, None, "needs a embedding"),
+        (EMBEDDING, None, "needs an embedding"),
         (EMBEDDING, np.zeros((2, 3), np.float32), r"must be \(2, 2\)"),
         (NO_CONDITIONING, np.array([0, 1]), "takes no label"),
     ],
@@ -183,6 +183,34 @@ def test_wrong_conditioning_is_refused(
 ) -> None:
     with pytest.raises(PlaybackError, match=message):
         playback.check_conditioning(player(conditioning=known), conditioning, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, "the network gave NaN or infinity at step 1"),
+        (-np.inf, "the network gave NaN or infinity at step 1"),
+        (3e38, "the samples are NaN or infinite after step 1"),
+    ],
+)
+def test_what_is_not_finite_names_its_step(value: float, message: str) -> None:
+    def broken(x: Array, step: int, conditioning: Any) -> Array:
+        return np.full_like(x, value if step == 1 else 0.0)
+
+    table = Table.from_json(program())
+    loud = replace(table, output_weights=100 * table.output_weights)
+    unconditional = player(conditioning=NO_CONDITIONING, table=loud)
+    told: list[int] = []
+    with pytest.raises(playback.NotFiniteError, match=message):
+        playback.sample(
+            unconditional,
+            broken,
+            None,
+            seed=0,
+            images=[0, 1],
+            on_step=lambda step, _: told.append(step),
+        )
+    assert told == [0]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])

@@ -32,7 +32,7 @@ import playback  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1
-EXIT_INPUT, EXIT_UNSUPPORTED, EXIT_OUTPUT = 3, 4, 7
+EXIT_INPUT, EXIT_UNSUPPORTED, EXIT_NUMERICAL, EXIT_OUTPUT = 3, 4, 5, 7
 EXIT_VERIFY, EXIT_RESOURCE, EXIT_INTERNAL = 8, 9, 10
 OLDEST_RUNTIME = (1, 23)
 """Of onnxruntime. 1.22 lacks a cast of 4-bit integers."""
@@ -70,7 +70,7 @@ def check_hashes(package: Path) -> list[str]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             bad.append(f"{name} (changed)")
     if bad:
-        raise RunError(EXIT_VERIFY, "package is damaged: " + ", ".join(bad))
+        raise RunError(EXIT_VERIFY, f"package is damaged: {', '.join(bad)} - copy it again")
     return list(listed)
 
 
@@ -271,6 +271,9 @@ def main() -> int:
     except RunError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
+    except playback.NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NUMERICAL
     except (playback.PlaybackError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT

@@ -473,6 +473,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         resealed(lambda p: edit(p, "golden.safetensors", lambda _: b"nothing")),
         "golden.safetensors: not a readable safetensors file",
     ),
+    "golden that no one vouches for": (
+        lambda p: reseal(p, drop="golden.safetensors"),
+        "golden.safetensors: not in the manifest",
+    ),
     "no golden": (
         resealed(lambda p: (p / "golden.safetensors").unlink()),
         "golden.safetensors",
@@ -494,7 +498,8 @@ def test_every_bad_file_is_named(sanitized: Path, package: Path) -> None:
     edit(package, "manifest.json", lambda data: data.replace(b'"created": "20', b'"created": "21'))
     found = run(sanitized / "edgeqdm-run", "--package", package, "--self-test")
     named = ("manifest.json (changed)", "plan.json (missing)", "schedule.json (changed)")
-    refused(found, VerifyError.exit_code, f"package is damaged: {', '.join(named)}\n")
+    reason = f"package is damaged: {', '.join(named)} - copy it again\n"
+    refused(found, VerifyError.exit_code, reason)
     expected = run(Path(sys.executable), package / RUN, "--self-test")
     assert found == expected
 
@@ -824,8 +829,108 @@ def test_misuse_is_a_status_and_touches_nothing(
     assert c.edgeqdm_message(session) == b""
     status, samples = library.latents(session, 2)
     assert (status, samples.any()) == (3, False)
+    assert c.edgeqdm_open(b"", None, ctypes.byref(kept)) == 3
+    assert kept.value == 1234
     assert c.edgeqdm_self_test(session, None, ctypes.c_size_t(3), None, None) == 3
     c.edgeqdm_close(None)
+
+
+class Options(ctypes.Structure):
+    _fields_ = (
+        ("threads", ctypes.c_int),
+        ("provider", ctypes.c_char_p),
+        ("message", ctypes.c_char_p),
+        ("message_size", ctypes.c_size_t),
+        ("library", ctypes.c_char_p),
+    )
+
+
+@pytest.mark.parametrize("threads", [-1, 257, 2**31 - 1])
+def test_threads_that_no_device_has_are_refused(
+    library: Library, packages: Path, threads: int
+) -> None:
+    told, kept = ctypes.create_string_buffer(100), ctypes.c_void_p(1234)
+    message = ctypes.cast(told, ctypes.c_char_p)
+    options = Options(threads=threads, message=message, message_size=100)
+    folder = str(packages / "label").encode()
+    assert library.c.edgeqdm_open(folder, ctypes.byref(options), ctypes.byref(kept)) == 3
+    assert told.value.startswith(b"threads must be at ")
+    assert kept.value == 1234
+
+
+@pytest.mark.parametrize("n", [1, 20, 21, 22, 23, 100])
+def test_a_message_that_is_cut_ends_with_a_whole_character(library: Library, n: int) -> None:
+    told = ctypes.create_string_buffer(n)
+    message = ctypes.cast(told, ctypes.c_char_p)
+    options, none = Options(message=message, message_size=n), ctypes.c_void_p()
+    folder = "/nowhere/\u00e4\u00f6\u00fc".encode() * 5
+    assert library.c.edgeqdm_open(folder, ctypes.byref(options), ctypes.byref(none)) == 8
+    told.value.decode()
+
+
+def test_what_the_progress_callback_may_not_do_is_refused(library: Library, session: Any) -> None:
+    c, labels = library.c, np.array([0, 2])
+    assert library.begin(session, labels) == 0
+    found = []
+
+    def again(done: int, steps: int, _: Any) -> int:
+        deviation, passed = (ctypes.c_double * STEPS)(), ctypes.c_int()
+        sampler, n = ctypes.c_double(), ctypes.c_size_t(STEPS)
+        places = (deviation, n, ctypes.byref(sampler), ctypes.byref(passed))
+        found.append(library.begin(session, labels))
+        found.append(c.edgeqdm_step(session, None))
+        found.append(c.edgeqdm_sample(session, PROGRESS(again), None))
+        found.append(c.edgeqdm_self_test(session, *places))
+        assert c.edgeqdm_message(session).startswith(b"the progress callback may")
+        found.append(library.latents(session, 2)[0])
+        return 0
+
+    assert c.edgeqdm_sample(session, PROGRESS(again), None) == 0
+    assert found == [3, 3, 3, 3, 0] * STEPS
+
+
+def test_a_session_closed_by_its_progress_callback_ends_there(
+    library: Library, packages: Path
+) -> None:
+    opened, folder = ctypes.c_void_p(), str(packages / "label").encode()
+    assert library.c.edgeqdm_open(folder, None, ctypes.byref(opened)) == 0
+    assert library.begin(opened, np.array([0])) == 0
+    told: list[int] = []
+
+    def close(done: int, steps: int, _: Any) -> int:
+        told.append(done)
+        library.c.edgeqdm_close(opened)
+        return 0
+
+    assert library.c.edgeqdm_sample(opened, PROGRESS(close), None) == 130
+    assert told == [1]
+
+
+def test_the_golden_run_is_found_from_another_working_directory(
+    library: Library, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = ctypes.c_void_p()
+    monkeypatch.chdir(packages)
+    assert library.c.edgeqdm_open(b"label", None, ctypes.byref(opened)) == 0
+    monkeypatch.chdir(tmp_path)
+    deviation, sampler, passed = (ctypes.c_double * STEPS)(), ctypes.c_double(), ctypes.c_int()
+    places = (deviation, ctypes.c_size_t(STEPS), ctypes.byref(sampler), ctypes.byref(passed))
+    assert library.c.edgeqdm_self_test(opened, *places) == 0, library.c.edgeqdm_message(opened)
+    assert passed.value == 1
+    library.c.edgeqdm_close(opened)
+
+
+def test_a_golden_run_replaced_after_opening_is_refused(library: Library, package: Path) -> None:
+    opened, golden = ctypes.c_void_p(), package / "golden.safetensors"
+    assert library.c.edgeqdm_open(str(package).encode(), None, ctypes.byref(opened)) == 0
+    golden.with_name("new").write_bytes(golden.read_bytes())
+    golden.with_name("new").replace(golden)
+    deviation, sampler, passed = (ctypes.c_double * STEPS)(), ctypes.c_double(), ctypes.c_int()
+    places = (deviation, ctypes.c_size_t(STEPS), ctypes.byref(sampler), ctypes.byref(passed))
+    assert library.c.edgeqdm_self_test(opened, *places) == 8
+    expected = b"golden.safetensors was changed while it was read - try again"
+    assert library.c.edgeqdm_message(opened) == expected
+    library.c.edgeqdm_close(opened)
 
 
 def test_shared_library_shows_its_c_functions_only(shared: Path) -> None:

@@ -147,7 +147,7 @@ def test_runtime_names_a_changed_manifest_beside_every_bad_file(
     (package / "weights.bin").unlink()
     message = refusal(runtime, package)
     named = ("manifest.json (changed)", "plan.json (changed)", "weights.bin (missing)")
-    assert message == f"package is damaged: {', '.join(named)}"
+    assert message == f"package is damaged: {', '.join(named)} - copy it again"
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])

@@ -96,9 +96,11 @@ class OnnxRuntimeNetwork final : public Network {
   // `what` is no std::string: that would be an allocation in every step.
   void check(OrtStatus* status, edgeqdm_status meaning, const char* what) const {
     if (status == nullptr) return;
+    // Where memory ran out is said at the end, behind names of nodes.
+    const bool no_memory = means_no_memory(api_.GetErrorMessage(status));
     const std::string message = first_line(api_.GetErrorMessage(status));
     api_.ReleaseStatus(status);
-    if (means_no_memory(message)) {
+    if (no_memory) {
       throw Error(EDGEQDM_RESOURCE, "out of memory - draw fewer images at once: " + message);
     }
     throw Error(meaning, what + message);
@@ -137,8 +139,10 @@ class OnnxRuntimeNetwork final : public Network {
       sessions_.push_back({0, handle(session, api_.ReleaseSession)});
       return;
     }
+    // The files are what the manifest says: with a provider, it is that which cannot do it.
+    const auto meaning = asked.provider.empty() ? EDGEQDM_VERIFY : EDGEQDM_UNSUPPORTED;
     for (const auto& [start, path] : source.paths) {
-      check(api_.CreateSession(env_.get(), path.c_str(), options.get(), &session), EDGEQDM_VERIFY,
+      check(api_.CreateSession(env_.get(), path.c_str(), options.get(), &session), meaning,
             refused(path.substr(path.rfind('/') + 1)).c_str());
       sessions_.push_back({start, handle(session, api_.ReleaseSession)});
     }

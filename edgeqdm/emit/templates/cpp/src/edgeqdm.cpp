@@ -2,7 +2,7 @@
 #include "edgeqdm.h"
 
 #include <algorithm>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -25,13 +25,17 @@ using edgeqdm::Bytes;
 using edgeqdm::Error;
 
 struct edgeqdm_session {
-  std::string folder;  // "" for a package in memory
+  std::string folder;  // absolute; "" for a package in memory
+  edgeqdm::Manifest manifest;
   Bytes table_bytes;
   edgeqdm::Table table{};
   std::vector<float> null_embedding;
   std::unique_ptr<edgeqdm::Network> network;
   std::unique_ptr<edgeqdm::Sampler> sampler;
   std::string message;
+  // The progress callback is being called: what it may not do is everything but reading.
+  bool telling = false;
+  bool closing = false;
 };
 
 namespace {
@@ -40,6 +44,9 @@ namespace layout = edgeqdm::layout;
 
 constexpr std::uint64_t max_table_bytes = std::uint64_t{1} << 28;
 constexpr std::uint64_t max_tensors_bytes = std::uint64_t{1} << 32;
+
+constexpr int max_threads = 256;
+constexpr const char* golden_name = "golden.safetensors";
 
 // Runs `work`; `tell` gets the message of a failure.
 template <typename Work, typename Tell>
@@ -60,11 +67,18 @@ edgeqdm_status guarded(const Work& work, const Tell& tell) noexcept {
     } catch (const std::exception& error) {
       tell(std::string("internal: ") + edgeqdm::printable(error.what()));
       return EDGEQDM_INTERNAL;
+    } catch (...) {
+      tell("internal: the progress callback threw an exception");
+      return EDGEQDM_INTERNAL;
     }
   } catch (...) {
     // Not even the message could be kept.
     return EDGEQDM_RESOURCE;
   }
+}
+
+void require(bool good, const char* message) {
+  if (!good) throw Error(EDGEQDM_INPUT, message);
 }
 
 template <typename Work>
@@ -78,8 +92,13 @@ edgeqdm_status in_session(edgeqdm_session* session, const Work& work) noexcept {
       [&](std::string message) { session->message = std::move(message); });
 }
 
-void require(bool good, const char* message) {
-  if (!good) throw Error(EDGEQDM_INPUT, message);
+// A call that changes what edgeqdm_sample is at work on.
+template <typename Work>
+edgeqdm_status in_idle_session(edgeqdm_session* session, const Work& work) noexcept {
+  return in_session(session, [&] {
+    require(!session->telling, "the progress callback may read the samples, and nothing else");
+    work();
+  });
 }
 
 void open_table(edgeqdm_session& session) {
@@ -100,6 +119,8 @@ void open_model(edgeqdm_session& session, const edgeqdm::ModelSource& source,
   }
   edgeqdm::NetworkOptions asked;
   require(options.threads >= 0, "threads must be at least 1");
+  // Where more cannot be started, ONNX Runtime waits for them for ever.
+  require(options.threads <= max_threads, "threads must be at most 256");
   asked.threads = std::max(1, options.threads);
   if (options.provider != nullptr && std::strcmp(options.provider, "cpu") != 0) {
     asked.provider = options.provider;
@@ -130,11 +151,21 @@ edgeqdm::ModelSource find_model(const std::string& folder, const edgeqdm::Manife
   return source;
 }
 
-std::unique_ptr<edgeqdm_session> open_folder(const std::string& folder,
+// The working directory may be another one when the golden run is read.
+std::string absolute(const std::string& folder) {
+  char* found = ::realpath(folder.c_str(), nullptr);
+  const std::string path = found == nullptr ? folder : found;
+  std::free(found);
+  return path;
+}
+
+std::unique_ptr<edgeqdm_session> open_folder(const std::string& given,
                                              const edgeqdm_options& options) {
   auto session = std::make_unique<edgeqdm_session>();
+  const std::string folder = absolute(given);
   session->folder = folder;
-  const edgeqdm::Manifest manifest = edgeqdm::check_package(folder);
+  session->manifest = edgeqdm::check_package(folder);
+  const edgeqdm::Manifest& manifest = session->manifest;
   if (manifest.files.count("schedule.bin") == 0) {
     throw Error(EDGEQDM_VERIFY, "schedule.bin: not in the manifest");
   }
@@ -146,7 +177,18 @@ std::unique_ptr<edgeqdm_session> open_folder(const std::string& folder,
     session->null_embedding = read_null_embedding(folder + "/conditioning.safetensors");
   }
   open_model(*session, source, options);
+  edgeqdm::require_unchanged(folder, manifest);
   return session;
+}
+
+Bytes read_golden(const edgeqdm_session& session) {
+  if (session.manifest.files.count(golden_name) == 0) {
+    throw Error(EDGEQDM_VERIFY, std::string(golden_name) + ": not in the manifest");
+  }
+  Bytes data = edgeqdm::read_file(session.folder + "/" + golden_name, max_tensors_bytes,
+                                  EDGEQDM_VERIFY);
+  edgeqdm::require_unchanged(session.folder, session.manifest);
+  return data;
 }
 
 template <typename Open>
@@ -160,7 +202,9 @@ edgeqdm_status open_session(const edgeqdm_options* given, edgeqdm_session** sess
       },
       [&](const std::string& message) {
         if (options.message == nullptr || options.message_size == 0) return;
-        const std::size_t n = std::min(message.size(), options.message_size - 1);
+        std::size_t n = std::min(message.size(), options.message_size - 1);
+        // Not in the middle of a character.
+        while (n < message.size() && n > 0 && (message[n] & 0xC0) == 0x80) --n;
         message.copy(options.message, n);
         options.message[n] = '\0';
       });
@@ -177,6 +221,17 @@ edgeqdm::Sampler& finished(edgeqdm_session& session) {
   return sampler;
 }
 
+// Not 0: stop.
+int tell(edgeqdm_session& session, edgeqdm_progress progress, void* context) {
+  struct Telling {
+    bool& flag;
+    ~Telling() { flag = false; }
+  } telling{session.telling};
+  telling.flag = true;
+  const int stop = progress(session.sampler->steps_done(), session.table.steps, context);
+  return session.closing ? 1 : stop;
+}
+
 std::size_t pixels_size(const edgeqdm_session& session) {
   return session.sampler->n_images() * edgeqdm::pixel_shape(session.table).size();
 }
@@ -188,7 +243,7 @@ extern "C" {
 edgeqdm_status edgeqdm_open(const char* folder, const edgeqdm_options* options,
                             edgeqdm_session** session) {
   return open_session(options, session, [&](const edgeqdm_options& asked) {
-    require(folder != nullptr, "the folder is NULL");
+    require(folder != nullptr && *folder != '\0', "the folder has no name");
     return open_folder(folder, asked);
   });
 }
@@ -251,7 +306,7 @@ edgeqdm_status edgeqdm_label_name(edgeqdm_session* session, uint32_t label, cons
 
 edgeqdm_status edgeqdm_begin(edgeqdm_session* session, uint64_t seed, uint32_t first_image,
                              uint32_t n_images, const int64_t* labels, const float* embeddings) {
-  return in_session(session, [&] {
+  return in_idle_session(session, [&] {
     edgeqdm::Draw draw;
     draw.seed = seed;
     draw.first_image = first_image;
@@ -263,7 +318,7 @@ edgeqdm_status edgeqdm_begin(edgeqdm_session* session, uint64_t seed, uint32_t f
 }
 
 edgeqdm_status edgeqdm_step(edgeqdm_session* session, uint32_t* steps_left) {
-  return in_session(session, [&] {
+  return in_idle_session(session, [&] {
     edgeqdm::Sampler& sampler = begun(*session);
     require(sampler.steps_done() < session->table.steps, "there are no steps left");
     sampler.step();
@@ -272,16 +327,17 @@ edgeqdm_status edgeqdm_step(edgeqdm_session* session, uint32_t* steps_left) {
 }
 
 edgeqdm_status edgeqdm_sample(edgeqdm_session* session, edgeqdm_progress progress, void* context) {
-  return in_session(session, [&] {
+  const edgeqdm_status status = in_idle_session(session, [&] {
     edgeqdm::Sampler& sampler = begun(*session);
     while (sampler.steps_done() < session->table.steps) {
       sampler.step();
-      if (progress == nullptr) continue;
-      if (progress(sampler.steps_done(), session->table.steps, context) != 0) {
+      if (progress != nullptr && tell(*session, progress, context) != 0) {
         throw Error(EDGEQDM_CANCELLED, "cancelled");
       }
     }
   });
+  if (session != nullptr && session->closing) delete session;
+  return status;
 }
 
 edgeqdm_status edgeqdm_latents(edgeqdm_session* session, float* samples, size_t size) {
@@ -325,17 +381,14 @@ edgeqdm_status edgeqdm_write_latents(edgeqdm_session* session, const char* path)
 
 edgeqdm_status edgeqdm_self_test(edgeqdm_session* session, double* deviation, size_t n_steps,
                                  double* sampler, int* passed) {
-  return in_session(session, [&] {
+  return in_idle_session(session, [&] {
     require(deviation != nullptr && sampler != nullptr && passed != nullptr, "a place is NULL");
     require(n_steps == session->table.steps, "wrong number of steps");
     require(!session->folder.empty(), "a package in memory has no golden run");
     edgeqdm::Sampler replayed(session->table, session->null_embedding, *session->network);
-    session->sampler = std::make_unique<edgeqdm::Sampler>(
-        session->table, session->null_embedding, *session->network);
-    const edgeqdm::SelfTest result = edgeqdm::self_test(
-        session->table, replayed,
-        edgeqdm::read_file(session->folder + "/golden.safetensors", max_tensors_bytes,
-                           EDGEQDM_VERIFY));
+    session->sampler->end();
+    const edgeqdm::SelfTest result =
+        edgeqdm::self_test(session->table, replayed, read_golden(*session));
     std::copy(result.deviation.begin(), result.deviation.end(), deviation);
     *sampler = result.sampler;
     *passed = result.passed ? 1 : 0;
@@ -346,7 +399,14 @@ const char* edgeqdm_message(const edgeqdm_session* session) {
   return session == nullptr ? "the session is NULL" : session->message.c_str();
 }
 
-void edgeqdm_close(edgeqdm_session* session) { delete session; }
+void edgeqdm_close(edgeqdm_session* session) {
+  // In its progress callback: edgeqdm_sample is still at work in it, and closes it at its end.
+  if (session != nullptr && session->telling) {
+    session->closing = true;
+  } else {
+    delete session;
+  }
+}
 
 const char* edgeqdm_version(void) { return EDGEQDM_VERSION; }
 

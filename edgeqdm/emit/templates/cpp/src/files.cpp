@@ -47,13 +47,27 @@ int open_regular(const std::string& path, struct stat* found, int status) {
   throw Error(static_cast<edgeqdm_status>(status), printable(path) + ": not a regular file");
 }
 
+FileState state_of(const struct stat& found) noexcept {
+#ifdef __APPLE__
+  const struct timespec& changed = found.st_ctimespec;
+#else
+  const struct timespec& changed = found.st_ctim;
+#endif
+  return {static_cast<std::uint64_t>(found.st_dev), static_cast<std::uint64_t>(found.st_ino),
+          static_cast<std::uint64_t>(found.st_size), static_cast<std::int64_t>(changed.tv_sec),
+          static_cast<std::int64_t>(changed.tv_nsec)};
+}
+
 // Number of bytes read, less than asked for only at the end.
-std::size_t read_some(int descriptor, unsigned char* bytes, std::size_t n) {
+std::size_t read_some(int descriptor, unsigned char* bytes, std::size_t n, const std::string& path,
+                      int status) {
   std::size_t done = 0;
   while (done < n) {
     const ssize_t more = ::read(descriptor, bytes + done, n - done);
     if (more < 0 && errno == EINTR) continue;
-    if (more < 0) throw Error(EDGEQDM_VERIFY, reason());
+    if (more < 0) {
+      throw Error(static_cast<edgeqdm_status>(status), printable(path) + ": " + reason());
+    }
     if (more == 0) break;
     done += static_cast<std::size_t>(more);
   }
@@ -89,6 +103,16 @@ std::string file_fault(const std::string& folder, const std::string& relative) {
   return found.st_nlink > 1 ? "hard link" : "";
 }
 
+bool FileState::operator==(const FileState& other) const noexcept {
+  return device == other.device && inode == other.inode && size == other.size &&
+         seconds == other.seconds && nanoseconds == other.nanoseconds;
+}
+
+FileState file_state(const std::string& path) noexcept {
+  struct stat found;
+  return ::lstat(path.c_str(), &found) == 0 ? state_of(found) : FileState{};
+}
+
 std::uint64_t file_size(const std::string& path) {
   struct stat found;
   if (::lstat(path.c_str(), &found) != 0) throw Error(EDGEQDM_VERIFY, path + ": " + reason());
@@ -101,11 +125,12 @@ Fingerprint fingerprint(const std::string& path) {
   Sha256 sha256;
   Bytes block(std::size_t{1} << 16);
   std::uint64_t size = 0;
-  while (const std::size_t n = read_some(file.get(), block.data(), block.size())) {
+  while (const std::size_t n =
+             read_some(file.get(), block.data(), block.size(), path, EDGEQDM_VERIFY)) {
     sha256.update(block.data(), n);
     size += n;
   }
-  return {size, sha256.hex()};
+  return {size, sha256.hex(), state_of(found)};
 }
 
 Bytes read_file(const std::string& path, std::uint64_t max_bytes, int status) {
@@ -117,7 +142,7 @@ Bytes read_file(const std::string& path, std::uint64_t max_bytes, int status) {
                 printable(path) + ": larger than " + std::to_string(max_bytes) + " bytes");
   }
   Bytes data(static_cast<std::size_t>(size));
-  data.resize(read_some(file.get(), data.data(), data.size()));
+  data.resize(read_some(file.get(), data.data(), data.size(), path, status));
   return data;
 }
 

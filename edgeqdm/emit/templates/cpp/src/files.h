@@ -1,4 +1,4 @@
-// Files of a package, read without following links, and results, written whole or not at all.
+// Files of a package, and results, written whole or not at all.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +14,22 @@ using Bytes = std::vector<unsigned char>;
 // `missing`, `not a path inside the package`, `hard link` or `not a regular file`.
 std::string file_fault(const std::string& folder, const std::string& relative);
 
-// Size and SHA-256 of a regular file. Throws Error, VERIFY.
+// Tells a file from what is written over it or put in its place.
+struct FileState {
+  std::uint64_t device, inode, size;
+  std::int64_t seconds, nanoseconds;  // of its last change
+
+  bool operator==(const FileState& other) const noexcept;
+};
+
+// Of the name itself, not of what a link points to; all zeros where there is nothing.
+FileState file_state(const std::string& path) noexcept;
+
+// Size and SHA-256 of a regular file, in the state it had before it was read. Throws Error, VERIFY.
 struct Fingerprint {
   std::uint64_t size;
   std::string sha256;
+  FileState state;
 };
 Fingerprint fingerprint(const std::string& path);
 std::uint64_t file_size(const std::string& path);

@@ -70,13 +70,14 @@ bool differs_in_case_only(const std::string& path, std::map<std::string, std::st
   }
 }
 
-std::string fault_of(const std::string& folder, const std::string& name, const Artifact& artifact) {
+std::string fault_of(const std::string& folder, const std::string& name, Artifact& artifact) {
   if (!path_fault(name).empty()) return "not a path inside the package";
   const std::string fault = file_fault(folder, name);
   if (!fault.empty()) return fault;
   const std::string path = folder + "/" + name;
   if (file_size(path) != artifact.size) return "size";
   const Fingerprint found = fingerprint(path);
+  artifact.state = found.state;
   return found.size == artifact.size && found.sha256 == artifact.sha256 ? "" : "changed";
 }
 
@@ -141,7 +142,7 @@ Manifest parse_manifest(const Bytes& data) {
   if (files.kind != Json::Kind::object) throw Error(EDGEQDM_VERIFY, "files is not an object");
   for (const auto& [name, entry] : files.fields) {
     manifest.files[name] = {entry.field("sha256").string("sha256"),
-                            entry.field("size").natural("size")};
+                            entry.field("size").natural("size"), FileState{}};
   }
   return manifest;
 }
@@ -156,18 +157,28 @@ Manifest check_package(const std::string& folder) {
   } catch (const Error& error) {
     const std::string reason = error.what();
     if (reason.rfind(manifest_name, 0) == 0) throw;
-    throw Error(EDGEQDM_VERIFY, "manifest.json cannot be read: " + reason);
+    throw Error(EDGEQDM_VERIFY, "manifest.json cannot be read: " + reason + ", in " + folder +
+                                    " - is that the folder of a package?");
   }
   std::string bad = manifest.sealed ? "" : ", manifest.json (changed)";
   std::map<std::string, std::string> spelling;
-  for (const auto& [name, artifact] : manifest.files) {
+  for (auto& [name, artifact] : manifest.files) {
     std::string fault = fault_of(folder, name, artifact);
     if (fault.empty() && differs_in_case_only(name, spelling)) fault = "differs in case only";
     if (fault.empty()) continue;
     bad += ", " + printable(name.substr(0, max_path_bytes)) + " (" + fault + ")";
   }
-  if (!bad.empty()) throw Error(EDGEQDM_VERIFY, "package is damaged: " + bad.substr(2));
+  if (!bad.empty()) {
+    throw Error(EDGEQDM_VERIFY, "package is damaged: " + bad.substr(2) + " - copy it again");
+  }
   return manifest;
+}
+
+void require_unchanged(const std::string& folder, const Manifest& manifest) {
+  for (const auto& [name, artifact] : manifest.files) {
+    if (file_state(folder + "/" + name) == artifact.state) continue;
+    throw Error(EDGEQDM_VERIFY, name + " was changed while it was read - try again");
+  }
 }
 
 }  // namespace edgeqdm

@@ -12,6 +12,7 @@ namespace edgeqdm {
 struct Artifact {
   std::string sha256;
   std::uint64_t size;
+  FileState state;  // when it was checked
 };
 
 struct Manifest {
@@ -29,7 +30,11 @@ std::map<std::uint32_t, std::string> find_graphs(const Manifest& manifest);
 std::string path_fault(const std::string& path);
 
 // Checks a whole package; throws Error, VERIFY, naming every file that is not as listed. Files
-// that are not listed are left alone, as by run.py: they are never opened.
+// that are not listed are left alone, as by run.py: this library opens none of them.
 Manifest check_package(const std::string& folder);
+
+// Throws Error, VERIFY, unless every file is the one that was checked: what is read in between was
+// not replaced by an update that ran at the same time.
+void require_unchanged(const std::string& folder, const Manifest& manifest);
 
 }  // namespace edgeqdm

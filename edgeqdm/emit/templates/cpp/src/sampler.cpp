@@ -29,10 +29,10 @@ void Sampler::check(const Draw& draw) const {
   const bool embedding = table_.conditioning == layout::conditioning_embedding;
   if (label && draw.labels == nullptr) refuse("this model needs a label for every image");
   if (embedding && draw.embeddings == nullptr) {
-    refuse("this model needs a embedding for every image");
+    refuse("this model needs an embedding for every image");
   }
   if (!label && draw.labels != nullptr) {
-    refuse(embedding ? "this model needs a embedding, not int64" : "this model takes no label");
+    refuse(embedding ? "this model needs an embedding, not int64" : "this model takes no label");
   }
   if (!embedding && draw.embeddings != nullptr) {
     refuse(label ? "this model needs a label, not float32"
@@ -125,6 +125,10 @@ void Sampler::step() {
   }
   if (solver_->adds_noise()) draw_noise(step_stream(step));
   solver_->advance(fed_.data(), output, noise_.data());
+  if (!all_finite(samples(), size())) {
+    throw Error(EDGEQDM_NUMERICAL,
+                "the samples are NaN or infinite after step " + std::to_string(step));
+  }
 }
 
 }  // namespace edgeqdm

@@ -27,8 +27,12 @@ class Sampler {
 
   // Checks and copies the conditioning and draws the initial noise. Throws Error.
   void begin(const Draw& draw);
-  // One step; allocates nothing. Throws Error, and the step may be tried again then.
+  // One step; allocates nothing. Throws Error; where the network failed, the step may be tried
+  // again.
   void step();
+
+  // Forgets what was begun.
+  void end() noexcept { solver_ = nullptr; }
 
   bool begun() const noexcept { return solver_ != nullptr; }
   std::uint32_t steps_done() const noexcept { return solver_->step(); }

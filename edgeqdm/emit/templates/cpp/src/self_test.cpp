@@ -30,7 +30,7 @@ struct Golden {
 }
 
 std::vector<float> take(std::map<std::string, Tensor>& tensors, const char* name,
-                        std::size_t size) {
+                        std::uint64_t size) {
   std::vector<float> values = std::move(tensors[name].floats);
   if (values.size() != size) refuse(std::string(name) + " is missing or has a wrong size");
   return values;
@@ -50,10 +50,11 @@ Golden read_golden(const Table& table, const Bytes& data) {
   golden.n_images = static_cast<std::uint32_t>(n_images);
   golden.sample_size = n_images * image;
   golden.output_size = golden.sample_size * (table.has(layout::flag_learned_variance) ? 2u : 1u);
+  const std::uint64_t steps = table.steps;
   golden.initial = take(tensors, "initial", golden.sample_size);
-  golden.inputs = take(tensors, "inputs", table.steps * golden.sample_size);
-  golden.outputs = take(tensors, "outputs", table.steps * golden.output_size);
-  golden.samples = take(tensors, "samples", table.steps * golden.sample_size);
+  golden.inputs = take(tensors, "inputs", steps * golden.sample_size);
+  golden.outputs = take(tensors, "outputs", steps * golden.output_size);
+  golden.samples = take(tensors, "samples", steps * golden.sample_size);
   golden.conditioning = std::move(tensors["conditioning"]);
   const std::size_t wanted = n_images * conditioning_size(table);
   const bool label = table.conditioning == layout::conditioning_label;

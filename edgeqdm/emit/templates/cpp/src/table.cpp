@@ -71,7 +71,9 @@ bool sizes_agree(const Table& table) noexcept {
 bool conditioning_agrees(const Table& table) noexcept {
   const bool by_label = table.conditioning == layout::conditioning_label;
   const bool by_embedding = table.conditioning == layout::conditioning_embedding;
+  // The null label may be one more than there are labels to ask for.
   return by_label == (table.labels > 0) && (by_label || table.null_label == -1) &&
+         table.null_label <= std::int64_t{table.labels} && table.label_names <= table.labels &&
          by_embedding == (table.conditioning_rank > 0);
 }
 
