@@ -173,7 +173,9 @@ def sample(
         return philox.batch_normal(seed, philox.step_stream(step), images, shape)
 
     initial = philox.batch_normal(seed, philox.INITIAL_STREAM, images, shape)
-    return solver.run(player.table, predict, initial, noise, stepped)
+    # Of what overflows the step is named, which a warning does not.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return solver.run(player.table, predict, initial, noise, stepped)
 
 
 def decode(player: Player, samples: Array) -> NDArray[np.uint8]:

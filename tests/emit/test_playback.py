@@ -194,7 +194,7 @@ def test_wrong_conditioning_is_refused(
     ],
 )
 def test_what_is_not_finite_names_its_step(value: float, message: str) -> None:
-    def broken(x: Array, step: int, conditioning: Any) -> Array:
+    def broken(x: Any, step: int, conditioning: Any) -> Any:
         return np.full_like(x, value if step == 1 else 0.0)
 
     table = Table.from_json(program())
