@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from edgeqdm.backends.onnxruntime.lint import check_graph
 from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
 from edgeqdm.backends.onnxruntime.npu_lint import check_npu_graph
 from edgeqdm.backends.onnxruntime.ort_format import OPERATORS, require_converter, to_ort
-from edgeqdm.backends.onnxruntime.phases import count_ops, fork
+from edgeqdm.backends.onnxruntime.phases import count_ops, count_ops_by_step, fork
 from edgeqdm.backends.onnxruntime.storage import weight_bytes
 from edgeqdm.emit.backend import (
     STANDARD,
@@ -155,7 +155,7 @@ class OnnxRuntimeBackend:
     def count_kernels(self, package: Path) -> KernelCount:
         files = graph_files(package, self.form)
         if self.form == NPU:
-            return _count_units(files.values())
+            return _count_units(files)
         (path,) = files.values()
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
@@ -165,10 +165,12 @@ class OnnxRuntimeBackend:
             graph = onnx.load(optimized).graph
         integer = count_ops(graph, INTEGER_KERNELS)
         floating = count_ops(graph, FLOAT_KERNELS)
+        by_step = count_ops_by_step(graph, INTEGER_KERNELS)
         return KernelCount(
             integer=sum(integer.values()),
             floating=sum(floating.values()),
             by_name={k: n for k, n in {**integer, **floating}.items() if n},
+            integer_from={start: sum(found.values()) for start, found in by_step.items()},
         )
 
     def open(self, package: Path, *, threads: int = 1) -> Evaluate:
@@ -205,19 +207,20 @@ def _npu_graphs(model: Exportable) -> dict[str, bytes]:
     return {STEP_GRAPH.format(k): _serialized(graph) for k, graph in graphs.items()}
 
 
-def _count_units(files: Iterable[Path]) -> KernelCount:
-    """Of the phase with most of them; how many a provider takes is its own decision."""
-    counts = []
-    for path in files:
+def _count_units(files: Mapping[int, Path]) -> KernelCount:
+    """How many of them a provider takes is its own decision."""
+    counts = {}
+    for start, path in files.items():
         # So that a damaged graph is told of as elsewhere.
         _session(path, _options(1))
-        counts.append(npu.count_units(onnx.load(path).graph))
-    integer, floating = max(counts, key=lambda found: sum(found[0].values()))
+        counts[start] = npu.count_units(onnx.load(path).graph)
+    integer, floating = max(counts.values(), key=lambda found: sum(found[0].values()))
     by_name = {f"{name} between Q/DQ": n for name, n in integer.items()} | dict(floating)
     return KernelCount(
         integer=sum(integer.values()),
         floating=sum(floating.values()),
         by_name={name: n for name, n in by_name.items() if n},
+        integer_from={start: sum(found[0].values()) for start, found in counts.items()},
     )
 
 

@@ -155,7 +155,7 @@ def attention_to_onnx(
     what turned them there.
     """
     factor = _attention_factor(query, dropout_p, is_causal, scale, enable_gqa)
-    if attn_mask is not None:
+    if attn_mask is not None or not _is_multi_head(query, key, value):
         return _plain_attention(query, key, value, attn_mask, factor)
     heads, width = query.shape[1], query.shape[3]
     flat, apart = (
@@ -181,6 +181,15 @@ def plain_attention_to_onnx(
     return _plain_attention(query, key, value, attn_mask, factor)
 
 
+def _is_multi_head(query: Any, key: Any, value: Any) -> bool:
+    """Whether the operator computes it: as many batches and heads in all three, of equal width."""
+    shapes = [tuple(each.shape) for each in (query, key, value)]
+    if any(len(shape) != len("BHLD") for shape in shapes):
+        return False
+    same = {(batch, heads, width) for batch, heads, _, width in shapes}
+    return len(same) == 1 and isinstance(query.shape[1], int)
+
+
 def _attention_factor(
     query: Any, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> float:
@@ -190,7 +199,7 @@ def _attention_factor(
             "causal attention, with dropout or with fewer key heads has no form here",
             hint="give the mask as a tensor, or leave the options out",
         )
-    return query.shape[3] ** -0.5 if scale is None else scale
+    return query.shape[-1] ** -0.5 if scale is None else scale
 
 
 def qlinear_dynamic_to_onnx(
@@ -222,7 +231,9 @@ def qlinear_dynamic_to_onnx(
 
 def _plain_attention(query: Any, key: Any, value: Any, mask: Any | None, factor: float) -> Any:
     scaled = op.Mul(query, constant(np.array(factor, np.float32)))
-    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    rank = len(key.shape)
+    turned = [*range(rank - 2), rank - 1, rank - 2]
+    scores = op.MatMul(scaled, op.Transpose(key, perm=turned))
     if mask is not None and mask.dtype == onnx_ir.DataType.BOOL:
         none, minus = (constant(np.array(v, np.float32)) for v in (0, -np.inf))
         mask = op.Where(mask, none, minus)

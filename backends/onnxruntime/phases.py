@@ -226,20 +226,38 @@ def branches(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
 
 def count_ops(graph: onnx.GraphProto, names: Sequence[str]) -> Mapping[str, int]:
     """Nodes of each operator that run at one step, the one at which most of them do."""
+    return max(
+        count_ops_by_step(graph, names).values(),
+        key=lambda found: (sum(found.values()), *found.values()),
+    )
+
+
+def count_ops_by_step(graph: onnx.GraphProto, names: Sequence[str]) -> dict[int, dict[str, int]]:
+    """Nodes of each operator that run, by the first step of every range in which the same do."""
     tables = _step_tables(graph)
-    steps = set(zip(*tables.values(), strict=True)) or {()}
-    counts = [_count(graph, names, dict(zip(tables, holds, strict=True))) for holds in steps]
-    return max(counts, key=lambda found: (sum(found.values()), *found.values()))
+    found: dict[int, dict[str, int]] = {}
+    before = None
+    for step, holds in enumerate(list(zip(*tables.values(), strict=True)) or [()]):
+        if holds != before:
+            found[step] = _count(graph, names, dict(zip(tables, holds, strict=True)))
+        before = holds
+    return found
 
 
 def _step_tables(graph: onnx.GraphProto) -> dict[str, list[bool]]:
-    """By name of a condition: whether it holds, for every step."""
+    """By name of a fork's condition: whether it holds, for every step."""
+    asked = _conditions(graph)
     tensors = {t.name: t for t in graph.initializer if t.data_type == onnx.TensorProto.BOOL}
     return {
         node.output[0]: numpy_helper.to_array(tensors[node.input[0]]).tolist()
         for node in graph.node
-        if node.op_type == "Gather" and node.input[0] in tensors
+        if node.op_type == "Gather" and node.input[0] in tensors and node.output[0] in asked
     }
+
+
+def _conditions(graph: onnx.GraphProto) -> set[str]:
+    here = {node.input[0] for node in graph.node if node.op_type == "If"}
+    return here.union(*map(_conditions, branches(graph)))
 
 
 def _count(
@@ -250,8 +268,16 @@ def _count(
         if node.op_type in found:
             found[node.op_type] += 1
         elif node.op_type == "If":
-            taken = "then_branch" if holds[node.input[0]] else "else_branch"
-            (branch,) = (a.g for a in node.attribute if a.name == taken)
-            for name, n in _count(branch, names, holds).items():
+            for name, n in _count_branch(node, names, holds).items():
                 found[name] += n
     return found
+
+
+def _count_branch(
+    node: onnx.NodeProto, names: Sequence[str], holds: Mapping[str, bool]
+) -> dict[str, int]:
+    """Of the branch that is taken; of the larger one where that is not for the step to say."""
+    counts = {a.name: _count(a.g, names, holds) for a in node.attribute if a.HasField("g")}
+    if node.input[0] not in holds:
+        return max(counts.values(), key=lambda found: sum(found.values()))
+    return counts["then_branch" if holds[node.input[0]] else "else_branch"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -69,11 +69,20 @@ class KernelCount:
         integer: kernels on integers that hold a planned layer.
         floating: convolution and matrix kernels in float, attention products included.
         by_name: number of nodes of every such operator.
+        integer_from: integer kernels by the first step that they run at, where phases differ.
+
+    All but the last are of the phase with most of them.
     """
 
     integer: int
     floating: int
     by_name: Mapping[str, int]
+    integer_from: Mapping[int, int] = field(default_factory=dict)
+
+    def integer_at(self, step: int) -> int:
+        """Integer kernels that run at a step."""
+        started = [start for start in self.integer_from if start <= step]
+        return self.integer_from[max(started)] if started else self.integer
 
 
 class Backend(Protocol):

@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from edgeqdm.errors import EdgeqdmError, UnsupportedError
 from edgeqdm.quantize.ops import (
     CHOOSE,
     DEQUANTIZE,
@@ -51,6 +52,25 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as problem:
+        causes: list[BaseException] = [problem]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        for cause in causes:
+            if isinstance(cause, EdgeqdmError):
+                raise cause from problem
+        reason = (str(causes[-1]).strip().splitlines() or [""])[0][:200]
+        raise UnsupportedError(
+            "EQ-4436",
+            f"the network cannot be exported: {type(causes[-1]).__name__}: {reason}",
+            hint="`torch.export.export` of the network says where",
+        ) from problem
+
+
 def export_onnx(
     network: nn.Module, inputs: Mapping[str, Tensor], translation: OpTranslation
 ) -> onnx.ModelProto:
@@ -64,10 +84,14 @@ def export_onnx(
 
     Returns:
         ONNX model, opset 21, weights inside.
+
+    Raises:
+        UnsupportedError: EQ-4436, for what torch cannot export; what a form of `translation` raises
+            comes through as it is.
     """
     batch = torch.export.Dim("batch")
     dynamic = tuple({0: batch} if tensor.dim() else None for tensor in inputs.values())
-    with _quiet(), torch.no_grad():
+    with _quiet(), _told_in_one_line(), torch.no_grad():
         program = torch.onnx.export(
             network,
             tuple(inputs.values()),

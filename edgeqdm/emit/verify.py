@@ -50,13 +50,7 @@ def verify_package(package: Path, backend: Backend) -> Verification:
     planned = plan.n_integer_layers
     backend = _in_form(package, manifest, backend)
     kernels = backend.count_kernels(package)
-    if kernels.integer < planned:
-        raise VerifyError(
-            "EQ-8203",
-            f"only {kernels.integer} of {planned} planned layers run as integer kernels",
-            path=package,
-            hint="another runtime version optimises the graph differently; emit again for it",
-        )
+    _check_kernels(package, plan, kernels)
     result, off = _replay(package, backend)
     if not result.passed:
         worst = max(range(len(result.deviation)), key=lambda i: _badness(result.deviation[i]))
@@ -76,6 +70,20 @@ def verify_package(package: Path, backend: Backend) -> Verification:
         )
     _check_table(package, schedule)
     return Verification(manifest, kernels, planned, result.deviation)
+
+
+def _check_kernels(package: Path, plan: DeploymentPlan, kernels: KernelCount) -> None:
+    """Raise VerifyError unless every phase has as many integer kernels as integer layers."""
+    for phase in plan.phases:
+        found, planned = kernels.integer_at(phase.start), len(phase.integer_layers())
+        if found < planned:
+            where = "" if len(plan.phases) == 1 else f" from step {phase.start} on"
+            raise VerifyError(
+                "EQ-8203",
+                f"only {found} of {planned} planned layers run as integer kernels{where}",
+                path=package,
+                hint="another runtime version optimises the graph differently; emit again for it",
+            )
 
 
 def _in_form(package: Path, manifest: Manifest, backend: Backend) -> Backend:

@@ -16,6 +16,8 @@ from diffusers import DDPMScheduler
 from safetensors.numpy import save_file
 
 from edgeqdm.backends import load_backend
+from edgeqdm.calibrate.observe import observe
+from edgeqdm.calibrate.trajectories import collect_trajectories
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Array, Evaluate, KernelCount
 from edgeqdm.emit.export import export_onnx
@@ -26,7 +28,7 @@ from edgeqdm.errors import VerifyError
 from edgeqdm.ir.codec import read_record
 from edgeqdm.ir.package import Manifest
 from edgeqdm.quantize.modules import StepClock, SteppedNetwork
-from edgeqdm.quantize.quantizer import QuantizedDenoiser
+from edgeqdm.quantize.quantizer import QuantizedDenoiser, quantize
 from edgeqdm.testing.conformance import STEPS, EagerBackend, quantize_tiny, small_denoiser
 
 
@@ -218,6 +220,26 @@ class FewerKernels(EagerBackend):
 
 def test_layer_that_does_not_run_on_integers_is_found(package: Path, backend: EagerBackend) -> None:
     fails(package, FewerKernels(backend.quantized), "EQ-8203", "only 1 of 2")
+
+
+class FewerLater(EagerBackend):
+    def count_kernels(self, package: Path) -> KernelCount:
+        return KernelCount(2, 0, {"eager": 2}, {0: 2, 1: 0})
+
+
+def test_every_phase_needs_its_kernels(tmp_path: Path, backend: EagerBackend) -> None:
+    plan = backend.quantized.plan
+    (only,) = plan.phases
+    later = only.model_copy(update={"start": 1})
+    phases = (only.model_copy(update={"stop": 1}), later)
+    package = tmp_path / "phases"
+    denoiser = backend.quantized.denoiser
+    trajectories = collect_trajectories(denoiser, 4, seed=1)
+    seen = observe(denoiser, trajectories, only.integer_layers())
+    quantized = quantize(denoiser, plan.model_copy(update={"phases": phases}), seen)
+    emit_package(quantized, EagerBackend(quantized), package)
+    verify_package(package, EagerBackend(quantized))
+    fails(package, FewerLater(quantized), "EQ-8203", "only 0 of 2 planned layers run as integer")
 
 
 class Deviating(EagerBackend):

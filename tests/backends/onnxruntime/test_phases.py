@@ -18,7 +18,14 @@ from onnx import TensorProto, numpy_helper
 from edgeqdm import pipeline
 from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
 from edgeqdm.backends.onnxruntime.forms import GRAPH
-from edgeqdm.backends.onnxruntime.phases import CHOOSE, DOMAIN, branches, count_ops, fork
+from edgeqdm.backends.onnxruntime.phases import (
+    CHOOSE,
+    DOMAIN,
+    branches,
+    count_ops,
+    count_ops_by_step,
+    fork,
+)
 from edgeqdm.emit import playback
 from edgeqdm.emit.backend import Evaluate, Exportable
 from edgeqdm.emit.package import exportable
@@ -388,6 +395,14 @@ def test_ops_are_counted_at_the_step_that_runs_most_of_them() -> None:
     )
     # 1 + 4 + 2 at the first step; 1 + 1 + 3 at the last.
     assert count_ops(graph, ("Conv", "Gemm")) == {"Conv": 7, "Gemm": 0}
+    by_step = count_ops_by_step(graph, ("Conv",))
+    assert by_step == {0: {"Conv": 7}, 1: {"Conv": 4}, 2: {"Conv": 5}}
+    # Neither a table of booleans nor a condition has to do with the steps just for being one.
+    mask = numpy_helper.from_array(np.zeros(1000, bool), "mask")
+    graph.initializer.append(mask)
+    graph.node.append(onnx.helper.make_node("Gather", ["mask", "indices"], ["masked"]))
+    graph.node.append(made("an input", 1, 5))
+    assert count_ops(graph, ("Conv", "Gemm")) == {"Conv": 12, "Gemm": 0}
 
 
 @pytest.mark.usefixtures("exact_kernels")

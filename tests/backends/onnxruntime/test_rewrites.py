@@ -22,6 +22,7 @@ from edgeqdm.backends.onnxruntime.lowering import TRANSLATION, finish
 from edgeqdm.backends.onnxruntime.phases import branches, fork
 from edgeqdm.backends.onnxruntime.rewrites import join_biases
 from edgeqdm.emit.export import export_onnx
+from edgeqdm.errors import UnsupportedError
 from edgeqdm.ir.model import LayerKind
 from edgeqdm.ir.precision import Precision
 from edgeqdm.ir.profile import OpKey
@@ -195,6 +196,37 @@ def test_attention_equals_torch(network: Attention, shape: tuple[int, ...]) -> N
     np.testing.assert_allclose(run(model, sample=x.numpy()), expected, rtol=0, atol=1e-5)
 
 
+class Unequal(nn.Module):
+    """Attention that is no multi-head attention; x [B, 8, 12]."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.memory = nn.Parameter(torch.randn(1, 2, 5, 6, generator=torch.manual_seed(0)))
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        heads = x.view(x.shape[0], 8, 2, 6).transpose(1, 2)
+        if self.kind == "wider values":
+            return F.scaled_dot_product_attention(heads, heads, torch.cat([heads, heads], -1))
+        if self.kind == "memory for all":
+            return F.scaled_dot_product_attention(heads, self.memory, self.memory)
+        if self.kind == "one head":
+            return F.scaled_dot_product_attention(x, x, x)
+        assert self.kind == "groups of heads"
+        groups = heads.unsqueeze(1)
+        return F.scaled_dot_product_attention(groups, groups, groups)
+
+
+@pytest.mark.parametrize("kind", ["wider values", "memory for all", "one head", "groups of heads"])
+def test_other_attention_equals_torch(kind: str) -> None:
+    network, x = Unequal(kind), torch.randn(3, 8, 12, generator=torch.manual_seed(1))
+    model = exported(network, x)
+    assert not {"MultiHeadAttention"} & {n.op_type for n in model.graph.node}
+    with torch.no_grad():
+        expected = network(x, torch.tensor(0)).numpy()
+    np.testing.assert_allclose(run(model, sample=x.numpy()), expected, rtol=0, atol=1e-5)
+
+
 def optimized(model: onnx.ModelProto, folder: Path) -> onnx.GraphProto:
     """What the runtime makes of it at load."""
     options = ort.SessionOptions()
@@ -224,7 +256,7 @@ def test_attention_with_a_mask_equals_torch(mask: Tensor) -> None:
 
 
 def test_causal_attention_is_refused() -> None:
-    with pytest.raises(Exception, match="EQ-4434"):
+    with pytest.raises(UnsupportedError, match="EQ-4434"):
         exported(Attention(2, is_causal=True), torch.zeros(2, 6, 8))
 
 
