@@ -351,7 +351,7 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = onnx_ir.from_proto(model)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     # One tensor for equal ones, then one node: layers that are fed alike quantize it once.
-    ir_passes.DeduplicateInitializersPass()(graph)
+    ir_passes.DeduplicateHashedInitializersPass()(graph)
     ir_passes.CommonSubexpressionEliminationPass()(graph)
     join_biases(graph.graph)
     ir_passes.RemoveUnusedNodesPass()(graph)
@@ -376,6 +376,7 @@ def _fold_transposes(graph: onnx.GraphProto) -> None:
 def _pack_blocks(graph: onnx.GraphProto) -> None:
     """Codes [N, K] of every `MatMulNBits` in the layout of the kernel, in 4 bits where they fit."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    done: dict[tuple[object, ...], list[str]] = {}
     for node in graph.node:
         if node.op_type != "MatMulNBits":
             continue
@@ -383,6 +384,11 @@ def _pack_blocks(graph: onnx.GraphProto) -> None:
         codes, scale, zero_point = (tensors[name] for name in node.input[1:4])
         fits = max(int(numpy_helper.to_array(t).max()) for t in (codes, zero_point)) < 2**4
         attributes["bits"].i = 4 if fits else 8
+        # Not by the codes alone: equal ones may serve nodes with other block sizes.
+        key = (*node.input[1:4], attributes["block_size"].i)
+        if key in done:
+            node.input[1:4] = done[key]
+            continue
         packed = to_matmulnbits(
             numpy_helper.to_array(codes),
             numpy_helper.to_array(zero_point),
@@ -391,10 +397,10 @@ def _pack_blocks(graph: onnx.GraphProto) -> None:
         )
         flat = numpy_helper.to_array(scale).reshape(-1)
         for place, array in zip((1, 2, 3), (packed[0], flat, packed[1]), strict=True):
-            # Under a name of its own: equal codes may serve nodes with other block sizes.
             tensor = numpy_helper.from_array(array, f"{node.name}/{place}")
             graph.initializer.append(tensor)
             node.input[place] = tensor.name
+        done[key] = list(node.input[1:4])
     drop_unread(graph)
 
 

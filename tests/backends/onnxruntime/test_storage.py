@@ -160,7 +160,7 @@ class Twice(nn.Module):
 @pytest.mark.usefixtures("exact_kernels")
 @pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w8a8dyn"])
 def test_a_layer_that_is_called_twice_is_stored_once_as_integers(precision: str) -> None:
-    key = linear(32, 32)
+    key = linear(64, 64)
     network = Twice(one_layer(key, Precision(precision)))
     model = emitted(network, key)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -189,6 +189,16 @@ def test_a_layer_that_is_called_twice_is_stored_once_as_integers(precision: str)
         # one code of the largest weight, seldom.
         np.testing.assert_allclose(found, expected, atol=0.05)
         assert np.mean(np.abs(found - expected)) <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["w8g32a8dyn", "w4g32a8dyn", "w8", "w4g32"])
+def test_groups_of_a_layer_that_is_called_twice_are_stored_once(precision: str) -> None:
+    key = linear(64, 64)
+    model = emitted(Twice(one_layer(key, Precision(precision))), key)
+    kernels = {"MatMulNBits", "MatMul", "Gemm"}
+    assert sum(node.op_type in kernels for node in model.graph.node) == 2
+    on_disk, _ = weight_bytes(key.weight_shape, Precision(precision))
+    assert sum(map(stored_bytes, weight_tensors(model))) == on_disk
 
 
 def test_weights_of_a_layer_called_twice_are_turned_over_as_numpy_turns_them() -> None:
