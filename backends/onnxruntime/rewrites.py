@@ -153,14 +153,14 @@ def _shifted_and_scaled(
     group = f"groups of {block_size} in {width}"
     places[group] = np.arange(width, dtype=np.int32) // block_size
     codes, scale, zero_point = node.input
-    real, real_zero, zeros, shifted, scales = (
-        f"{node.output[0]}/{each}" for each in ("codes", "zero", "zeros", "shifted", "scales")
+    real, zeros, real_zeros, shifted, scales = (
+        f"{node.output[0]}/{each}" for each in ("codes", "zeros", "zero", "shifted", "scales")
     )
     return [
         _cast(codes, real),
-        _cast(zero_point, real_zero),
-        onnx.helper.make_node("Gather", [real_zero, group], [zeros], zeros, axis=1),
-        onnx.helper.make_node("Sub", [real, zeros], [shifted], shifted),
+        onnx.helper.make_node("Gather", [zero_point, group], [zeros], zeros, axis=1),
+        _cast(zeros, real_zeros),
+        onnx.helper.make_node("Sub", [real, real_zeros], [shifted], shifted),
         onnx.helper.make_node("Gather", [scale, group], [scales], scales, axis=1),
         onnx.helper.make_node("Mul", [shifted, scales], [node.output[0]], node.output[0]),
     ]

@@ -41,4 +41,4 @@ def _disk_bytes(weight_shape: tuple[int, ...], precision: Precision) -> int:
     if precision.dynamic:
         filled = outputs * groups * precision.group_size
         return filled // share + outputs * -(-groups // share) + scales
-    return -(-values // share) + -(-outputs * groups // share) + scales
+    return -(-values // share) + outputs * groups + scales
