@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -301,20 +302,44 @@ def test_pixels_and_sheet_are_equal(
 @pytest.mark.parametrize(
     ("options", "labels"),
     [
-        ({}, [0, 1, 2]),
-        ({"count": "5"}, [0, 1, 2, 0, 1]),
+        ({}, [0, 1, 2, 3]),
+        ({"count": "6"}, [0, 1, 2, 3, 0, 1]),
         ({"label": "Boot"}, [1]),
         ({"label": "1", "count": "2"}, [1, 1]),
         ({"label": "coat, 0"}, [2, 0]),
+        ({"label": " Coat ,boot, +1"}, [2, 1, 1]),
+        # Of equal names the last.
+        ({"label": "bag, boot"}, [3, 1]),
+        ({"label": "0"}, [0]),
     ],
 )
 def test_labels_are_chosen_as_run_py_does(
-    modules: Path, options: Program, labels: list[int]
+    modules: Path, runtime: ModuleType, tmp_path: Path, options: Program, labels: list[int]
 ) -> None:
+    stored, player = write_player(
+        tmp_path,
+        {
+            "conditioning": {"kind": "label", "shape": [], "n_labels": 4, "null_label": 4},
+            "label_names": ["bag", "boot", "coat", "Bag"],
+        },
+    )
     script = """
     const player = playback.openPlayer(given.schedule, null);
     return Array.from(playback.choose(player, given.options).conditioning.data, Number);"""
-    assert node(modules, script, schedule=schedule(), options=options) == labels
+    assert node(modules, script, schedule=stored, options=options) == labels
+    count = int(options["count"]) if "count" in options else None
+    assert runtime.parse_labels(player, options.get("label"), count).tolist() == labels
+
+
+@pytest.mark.parametrize("label", ["hat", "1,,2", "bag boot", "1.0", ","])
+def test_unknown_label_is_refused_by_both(
+    modules: Path, runtime: ModuleType, tmp_path: Path, label: str
+) -> None:
+    stored, player = write_player(tmp_path, {})
+    call = "playback.choose(playback.openPlayer(given.schedule, null), { label: given.label })"
+    assert "unknown label" in failure(modules, call, schedule=stored, label=label)
+    with pytest.raises(playback.PlaybackError, match="unknown label"):
+        runtime.parse_labels(player, label, None)
 
 
 @pytest.mark.parametrize(

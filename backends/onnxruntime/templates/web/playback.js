@@ -125,8 +125,9 @@ function parseLabels(player, text, count) {
   if (!text?.trim()) return Array.from({ length: count ?? total }, (_, k) => k % total);
   const names = player.labelNames.map((name) => name.toLowerCase());
   const labels = text.split(",").map((each) => {
-    const found = names.indexOf(each.trim().toLowerCase());
-    return found >= 0 ? found : /^\s*-?\d+\s*$/.test(each) ? Number(each) : NaN;
+    // The last of equal names, as in a Python dictionary.
+    const found = names.lastIndexOf(each.trim().toLowerCase());
+    return found >= 0 ? found : /^\s*[-+]?\d+\s*$/.test(each) ? Number(each) : NaN;
   });
   if (labels.some(Number.isNaN)) {
     const known = player.labelNames.join(", ") || `0..${total - 1}`;
