@@ -7,8 +7,10 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,60 @@ def test_cancel_ends_at_once_and_the_page_goes_on(browser: Browser, site: Site) 
     browser.wait_for("status", "Cancelled")
     assert browser.text("error") == ""
     assert draw(browser, label="1").latents.shape[0] == 1
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("button", ["sample", "test"])
+def test_cancel_while_the_package_opens_again_leaves_nothing_to_do(
+    browser: Browser, site: Site, monkeypatch: pytest.MonkeyPatch, button: str
+) -> None:
+    browser.open(site.page("unet-fmnist", "ort=/ort&count=100"))
+    browser.wait_for("about", "files checked")
+    held = threading.Event()
+    send = SimpleHTTPRequestHandler.do_GET
+
+    def send_late(handler: SimpleHTTPRequestHandler) -> None:
+        if "schedule.json" in handler.path:
+            held.wait(START_SECONDS)
+        send(handler)
+
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", send_late)
+    browser.click("sample")
+    browser.wait_for("status", "Step 1/6")
+    browser.click("cancel")
+    browser.wait_for("status", "Cancelled")
+    browser.click(button)
+    browser.wait_for("status", "Loading the network")
+    browser.click("cancel")
+    browser.wait_for("status", "Cancelled")
+    held.set()
+    # Answered after all that the page has asked for before.
+    assert draw(browser, label="1").latents.shape[0] == 1
+    assert browser.text("status") == "Cancelled"
+    assert browser.text("error") == ""
+
+
+@pytest.mark.usefixtures("quiet")
+def test_cancel_while_embeddings_are_read_leaves_nothing_to_do(
+    browser: Browser, site: Site, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "e.npy", tiny.tiny_embeddings(2, seed=3).numpy())
+    browser.open(site.page("conditional"))
+    browser.wait_for("about", "files checked")
+    browser.run("""
+        const read = File.prototype.arrayBuffer;
+        const held = new Promise((resolve) => { window.release = resolve; });
+        File.prototype.arrayBuffer = async function () { await held; return read.call(this); };""")
+    browser.type("embedding", str(tmp_path / "e.npy"))
+    browser.click("sample")
+    browser.click("cancel")
+    browser.wait_for("status", "Cancelled")
+    browser.run("window.release();")
+    # Longer than the samples would take.
+    found = browser.run("return (await edgeqdm.selfTest()).passed;")
+    assert found is True
+    assert browser.text("status") == "Cancelled"
+    assert browser.text("error") == ""
 
 
 @pytest.mark.usefixtures("quiet")

@@ -43,15 +43,33 @@ function ask(message, onStep) {
 
 let opening = start();
 let busy = false;
+// Whether the worker is at a request of the page, and what ends each wait of the page.
+let asked = false;
+const waits = new Set();
+
+// What `promise` comes to, unless the page is told to cancel before that.
+async function unlessCancelled(promise) {
+  let stop;
+  const cancelled = new Promise((_, reject) => {
+    stop = () => reject(new Error(CANCELLED));
+  });
+  waits.add(stop);
+  try {
+    return await Promise.race([promise, cancelled]);
+  } finally {
+    waits.delete(stop);
+  }
+}
 
 async function request(message, onStep) {
   if (busy) throw new Error("the page is at work already");
   busy = true;
   try {
-    await opening;
-    return (await ask(message, onStep)).done;
+    await unlessCancelled(opening);
+    asked = true;
+    return (await unlessCancelled(ask(message, onStep))).done;
   } finally {
-    busy = false;
+    busy = asked = false;
   }
 }
 
@@ -64,9 +82,10 @@ const selfTest = (onStep) => request({ selfTest: true }, onStep);
 
 // Ends what the page does; that then rejects.
 function cancel() {
-  if (!busy) return;
+  for (const stop of waits) stop();
+  if (!asked) return;
+  asked = false;
   worker.terminate();
-  pending.reject(new Error(CANCELLED));
   opening = start();
   opening.catch(report);
 }
@@ -111,7 +130,7 @@ async function follow(task, say) {
   setRunning(true);
   let first;
   try {
-    const { steps } = (await opening).about;
+    const { steps } = (await unlessCancelled(opening)).about;
     const result = await task((step, partial) => {
       // The first step has waited for the network to load: it says nothing of the others.
       if (step === 0) first = performance.now();
@@ -133,7 +152,7 @@ async function follow(task, say) {
 
 const press = () =>
   follow(
-    async (onStep) => sample(await options(), onStep),
+    async (onStep) => sample(await unlessCancelled(options()), onStep),
     ({ picture, shape: [count] }, seconds) => {
       show(picture);
       return `${count} image${count > 1 ? "s" : ""} in ${seconds} s`;
