@@ -324,7 +324,7 @@ def refusal(browser: Browser, url: str, options: Mapping[str, str] | None = None
     [
         ({"label": "3"}, "label 3 is out of range 0..2"),
         ({"label": "hat"}, 'unknown label in "hat"; known: bag, boot, coat'),
-        ({"label": "1", "count": "0"}, "the number of images must be at least 1"),
+        ({"label": "1", "count": "0"}, "the number of images must be a whole number in 1..1000"),
         ({"seed": "x"}, "seed must be an integer in 0..2**64 - 1"),
     ],
 )

@@ -11,6 +11,8 @@ export const GOLDEN_SHARE = 1.5;
 export const SAMPLER_TOLERANCE = 1e-4;
 const FLOAT_NOISE = 1e-5;
 const GOLDEN_SEED = 0x5eed;
+// All are one batch, which has to fit into the memory of WebAssembly, and then into a canvas.
+const MOST_IMAGES = 1000;
 
 // A package or an argument cannot be used; the message says which and why.
 export class PlaybackError extends Error {}
@@ -84,9 +86,11 @@ export function readNpy(bytes, name) {
 // Number of images from a text; null where none is given.
 function parseCount(text) {
   if (text === null || text === "") return null;
-  const count = Number(text);
-  if (!Number.isInteger(count) || count < 1) {
-    throw new PlaybackError(`the number of images must be at least 1, got ${text}`);
+  const count = /^\s*\d+\s*$/.test(text) ? Number(text) : NaN;
+  if (!(count >= 1 && count <= MOST_IMAGES)) {
+    throw new PlaybackError(
+      `the number of images must be a whole number in 1..${MOST_IMAGES}, got ${text}`,
+    );
   }
   return count;
 }
