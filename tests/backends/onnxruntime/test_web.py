@@ -393,6 +393,47 @@ def test_model_without_conditioning_takes_a_number_of_images(modules: Path) -> N
     assert found == [{"count": n, "conditioning": None} for n in (1, 3)]
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ([], None),
+        (["outputs"], "the network's outputs and the sampler's steps differ from the golden run"),
+        (["network"], "the network's outputs differ from the golden run"),
+        (["samples"], "the sampler's steps differ from the golden run"),
+    ],
+)
+def test_self_test_names_what_differs(
+    modules: Path, changed: list[str], reason: str | None
+) -> None:
+    script = """
+    const player = playback.openPlayer(given.schedule, null), [count, size] = [2, 72];
+    const normal = (stream) => philox.batchNormal(0x5eed, stream, count, size);
+    const evaluate = async (x) => x.map((value) => Math.fround(value * 0.5));
+    const inputs = [], outputs = [], samples = [], initial = normal(philox.INITIAL_STREAM);
+    const predict = async (x, step) => {
+      inputs.push(...x);
+      const f = await evaluate(x);
+      outputs.push(...f);
+      return f;
+    };
+    const noise = (step) => normal(philox.stepStream(step));
+    const shape = [count, ...player.sampleShape];
+    await solver.run(player.table, predict, initial, noise, shape, (_, x) => samples.push(...x));
+    const golden = Object.fromEntries(
+      Object.entries({ inputs, outputs, samples }).map(([name, values]) => [
+        name,
+        { data: Float32Array.from(values, (x) => x + 9 * given.changed.includes(name)) },
+      ]),
+    );
+    golden.initial = { data: initial, shape };
+    const wrong = 9 * given.changed.includes("network");
+    const network = async (x) => (await evaluate(x)).map((value) => value + wrong);
+    return playback.selfTest(player, network, golden);"""
+    stored = schedule(conditioning=NONE, guidance=1.0)
+    found = node(modules, script, schedule=stored, changed=changed)
+    assert (found["passed"], found["reason"]) == (reason is None, reason)
+
+
 def npy(array: NDArray[Any]) -> list[int]:
     buffer = io.BytesIO()
     np.save(buffer, array)

@@ -77,7 +77,7 @@ async function request(message, onStep) {
 // Resolves to {latents: Float32Array, shape, picture: {data: RGBA, width, height}}.
 const sample = (options, onStep) => request({ sample: options }, onStep);
 
-// Replays the golden run; resolves to {passed, deviation [S], sampler}.
+// Replays the golden run; resolves to {passed, reason, deviation [S], sampler}.
 const selfTest = (onStep) => request({ selfTest: true }, onStep);
 
 // Ends what the page does; that then rejects.
@@ -160,8 +160,8 @@ const press = () =>
   );
 
 const pressTest = () =>
-  follow(selfTest, ({ passed, deviation }, seconds) => {
-    if (!passed) throw new Error("self-test failed: outputs differ from the golden run");
+  follow(selfTest, ({ passed, reason, deviation }, seconds) => {
+    if (!passed) throw new Error(`self-test failed: ${reason}`);
     const most = Math.max(...deviation).toFixed(2);
     return `Self-test passed in ${seconds} s: at most ${most} of the quantization noise`;
   });

@@ -194,7 +194,8 @@ export async function sample(player, evaluate, { count, conditioning }, seed, on
 
 // Replays the golden run: the network step by step on golden inputs, then the sampler on golden
 // outputs. `golden` is that of golden.safetensors; onStep: async, is told each step. Returns
-// {passed, deviation [S] as a share of the quantization noise, sampler}.
+// {passed, reason: what is wrong or null, deviation [S] as a share of the quantization noise,
+// sampler}.
 export async function selfTest(player, evaluate, golden, onStep) {
   const { inputs, outputs, samples, initial, conditioning = null } = golden;
   const { steps } = player.table, [count] = initial.shape, size = product(player.sampleShape);
@@ -229,8 +230,12 @@ export async function selfTest(player, evaluate, golden, onStep) {
   );
   const sampler = off / Math.max(1, largest(samples.data));
   // A comparison with NaN is false.
-  const passed = deviation.every((share) => share <= GOLDEN_SHARE) && sampler <= SAMPLER_TOLERANCE;
-  return { passed, deviation, sampler };
+  const wrong = [
+    deviation.every((share) => share <= GOLDEN_SHARE) ? [] : ["the network's outputs"],
+    sampler <= SAMPLER_TOLERANCE ? [] : ["the sampler's steps"],
+  ].flat();
+  const reason = wrong.length ? `${wrong.join(" and ")} differ from the golden run` : null;
+  return { passed: reason === null, reason, deviation, sampler };
 }
 
 // Half to even, of a value that is not negative.
