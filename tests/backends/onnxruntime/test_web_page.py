@@ -49,6 +49,8 @@ LABELS, SEED = (0, 2), 7
 # Of the RMS of the samples. Codes that fall on the other side of a rounding half-tie are all that
 # differs; measured 0.015 at most.
 SHARE = 0.03
+# The key, as WebDriver names it.
+ENTER = "\ue007"
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +275,37 @@ def test_cancel_while_embeddings_are_read_leaves_nothing_to_do(
     assert found is True
     assert browser.text("status") == "Cancelled"
     assert browser.text("error") == ""
+
+
+@pytest.mark.usefixtures("quiet")
+def test_focus_is_on_cancel_while_sampling_and_back_afterwards(
+    browser: Browser, site: Site
+) -> None:
+    browser.open(site.page("unet-fmnist", "ort=/ort&count=100"))
+    browser.wait_for("about", "files checked")
+    press: dict[str, Callable[[], None]] = {
+        "sample": lambda: browser.click("sample"),
+        "count": lambda: browser.type("count", ENTER),
+    }
+    for element, start in press.items():
+        start()
+        browser.wait_for("status", "Step 1/6")
+        assert browser.run("return document.activeElement.id;") == "cancel"
+        browser.click("cancel")
+        browser.wait_for("status", "Cancelled")
+        assert browser.run("return document.activeElement.id;") == element
+
+
+@pytest.mark.usefixtures("quiet")
+def test_groups_of_controls_have_names(browser: Browser, site: Site) -> None:
+    browser.open(site.page("unet"))
+    browser.wait_for("about", "files checked")
+    chips = browser.run("""
+        const { role, ariaLabel, hidden } = document.getElementById("chips");
+        return [role, ariaLabel, hidden];""")
+    legend = browser.run("return document.querySelector('#fields > legend').innerText;")
+    assert chips == ["group", "Labels by name", False]
+    assert legend == "What to draw"
 
 
 @pytest.mark.usefixtures("quiet")

@@ -115,10 +115,18 @@ async function options() {
   };
 }
 
+// What had the focus before it was disabled.
+let focused = null;
+
+// While the page is at work, Cancel takes the focus of what is disabled, and gives it back.
 function setRunning(running) {
+  const held = document.activeElement;
   for (const id of ["sample", "fields", "test"]) $(id).disabled = running;
   $("cancel").disabled = !running;
   $("download").disabled = running || $("picture").hidden;
+  if (!held?.matches(":disabled")) return;
+  if (running) focused = held;
+  (running ? $("cancel") : (focused ?? $("sample"))).focus();
 }
 
 // Shows how far `task` is, and in the end what `say` makes of its result.
@@ -194,6 +202,7 @@ function addChips(names) {
   field.oninput = mark;
   mark();
   $("chips").replaceChildren(...chips);
+  $("chips").hidden = chips.length === 0;
 }
 
 function describe({ name, sampler, steps, bytes, conditioning, labelNames, hashed }) {
@@ -214,6 +223,10 @@ function describe({ name, sampler, steps, bytes, conditioning, labelNames, hashe
 $("form").onsubmit = (event) => {
   event.preventDefault();
   press();
+};
+// A key that is held down presses what has the focus again and again: Sample, then Cancel.
+$("form").onkeydown = (event) => {
+  if (event.repeat && event.key === "Enter") event.preventDefault();
 };
 $("test").onclick = pressTest;
 $("cancel").onclick = cancel;
