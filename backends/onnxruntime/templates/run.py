@@ -145,8 +145,9 @@ def parse_labels(player: playback.Player, text: str | None, count: int | None) -
     if text is None:
         return np.arange(count or n_labels, dtype=np.int64) % n_labels
     by_name = {name.lower(): k for k, name in enumerate(player.label_names)}
+    given = [each.strip().lower() for each in text.split(",")]
     try:
-        labels = [by_name[t.lower()] if t.lower() in by_name else int(t) for t in text.split(",")]
+        labels = [by_name[each] if each in by_name else int(each) for each in given]
     except ValueError:
         known = ", ".join(player.label_names) or f"0..{n_labels - 1}"
         raise playback.PlaybackError(f"unknown label in {text!r}; known: {known}") from None

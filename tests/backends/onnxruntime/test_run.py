@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import runpy
@@ -41,21 +40,6 @@ MANIFEST = tiny_manifest(
         for name, data in CONTENTS.items()
     }
 )
-
-
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`run.py` as a module; what it does to the interpreter is undone afterwards."""
-    monkeypatch.setitem(sys.modules, "playback", playback)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    source = files("edgeqdm.backends.onnxruntime").joinpath("templates/run.py")
-    spec = importlib.util.spec_from_file_location("packaged_run", str(source))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -301,20 +302,44 @@ def test_pixels_and_sheet_are_equal(
 @pytest.mark.parametrize(
     ("options", "labels"),
     [
-        ({}, [0, 1, 2]),
-        ({"count": "5"}, [0, 1, 2, 0, 1]),
+        ({}, [0, 1, 2, 3]),
+        ({"count": "6"}, [0, 1, 2, 3, 0, 1]),
         ({"label": "Boot"}, [1]),
         ({"label": "1", "count": "2"}, [1, 1]),
         ({"label": "coat, 0"}, [2, 0]),
+        ({"label": " Coat ,boot, +1"}, [2, 1, 1]),
+        # Of equal names the last.
+        ({"label": "bag, boot"}, [3, 1]),
+        ({"label": "0"}, [0]),
     ],
 )
 def test_labels_are_chosen_as_run_py_does(
-    modules: Path, options: Program, labels: list[int]
+    modules: Path, runtime: ModuleType, tmp_path: Path, options: Program, labels: list[int]
 ) -> None:
+    stored, player = write_player(
+        tmp_path,
+        {
+            "conditioning": {"kind": "label", "shape": [], "n_labels": 4, "null_label": 4},
+            "label_names": ["bag", "boot", "coat", "Bag"],
+        },
+    )
     script = """
     const player = playback.openPlayer(given.schedule, null);
     return Array.from(playback.choose(player, given.options).conditioning.data, Number);"""
-    assert node(modules, script, schedule=schedule(), options=options) == labels
+    assert node(modules, script, schedule=stored, options=options) == labels
+    count = int(options["count"]) if "count" in options else None
+    assert runtime.parse_labels(player, options.get("label"), count).tolist() == labels
+
+
+@pytest.mark.parametrize("label", ["hat", "1,,2", "bag boot", "1.0", ","])
+def test_unknown_label_is_refused_by_both(
+    modules: Path, runtime: ModuleType, tmp_path: Path, label: str
+) -> None:
+    stored, player = write_player(tmp_path, {})
+    call = "playback.choose(playback.openPlayer(given.schedule, null), { label: given.label })"
+    assert "unknown label" in failure(modules, call, schedule=stored, label=label)
+    with pytest.raises(playback.PlaybackError, match="unknown label"):
+        runtime.parse_labels(player, label, None)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +350,10 @@ def test_labels_are_chosen_as_run_py_does(
         ({"label": "hat"}, 'unknown label in "hat"; known: bag, boot, coat'),
         ({"label": "1,,2"}, "unknown label"),
         ({"label": "0,1", "count": "3"}, "3 images contradict 2 labels"),
-        ({"count": "0"}, "must be at least 1"),
-        ({"count": "1.5"}, "must be at least 1"),
+        *(
+            ({"count": count}, f"must be a whole number in 1..1000, got {count}")
+            for count in ("0", "-1", "1.5", "1e3", "0x10", "1001", "1000000000", "many")
+        ),
         ({"embedding": {"data": [1.0], "shape": [1]}}, "takes no embedding"),
     ],
 )
@@ -364,6 +391,47 @@ def test_model_without_conditioning_takes_a_number_of_images(modules: Path) -> N
     return [playback.choose(player, {}), playback.choose(player, { count: "3" })];"""
     found = node(modules, script, schedule=schedule(conditioning=NONE))
     assert found == [{"count": n, "conditioning": None} for n in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ([], None),
+        (["outputs"], "the network's outputs and the sampler's steps differ from the golden run"),
+        (["network"], "the network's outputs differ from the golden run"),
+        (["samples"], "the sampler's steps differ from the golden run"),
+    ],
+)
+def test_self_test_names_what_differs(
+    modules: Path, changed: list[str], reason: str | None
+) -> None:
+    script = """
+    const player = playback.openPlayer(given.schedule, null), [count, size] = [2, 72];
+    const normal = (stream) => philox.batchNormal(0x5eed, stream, count, size);
+    const evaluate = async (x) => x.map((value) => Math.fround(value * 0.5));
+    const inputs = [], outputs = [], samples = [], initial = normal(philox.INITIAL_STREAM);
+    const predict = async (x, step) => {
+      inputs.push(...x);
+      const f = await evaluate(x);
+      outputs.push(...f);
+      return f;
+    };
+    const noise = (step) => normal(philox.stepStream(step));
+    const shape = [count, ...player.sampleShape];
+    await solver.run(player.table, predict, initial, noise, shape, (_, x) => samples.push(...x));
+    const golden = Object.fromEntries(
+      Object.entries({ inputs, outputs, samples }).map(([name, values]) => [
+        name,
+        { data: Float32Array.from(values, (x) => x + 9 * given.changed.includes(name)) },
+      ]),
+    );
+    golden.initial = { data: initial, shape };
+    const wrong = 9 * given.changed.includes("network");
+    const network = async (x) => (await evaluate(x)).map((value) => value + wrong);
+    return playback.selfTest(player, network, golden);"""
+    stored = schedule(conditioning=NONE, guidance=1.0)
+    found = node(modules, script, schedule=stored, changed=changed)
+    assert (found["passed"], found["reason"]) == (reason is None, reason)
 
 
 def npy(array: NDArray[Any]) -> list[int]:

@@ -7,8 +7,10 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ LABELS, SEED = (0, 2), 7
 # Of the RMS of the samples. Codes that fall on the other side of a rounding half-tie are all that
 # differs; measured 0.015 at most.
 SHARE = 0.03
+# The key, as WebDriver names it.
+ENTER = "\ue007"
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,91 @@ def test_cancel_ends_at_once_and_the_page_goes_on(browser: Browser, site: Site) 
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("button", ["sample", "test"])
+def test_cancel_while_the_package_opens_again_leaves_nothing_to_do(
+    browser: Browser, site: Site, monkeypatch: pytest.MonkeyPatch, button: str
+) -> None:
+    browser.open(site.page("unet-fmnist", "ort=/ort&count=100"))
+    browser.wait_for("about", "files checked")
+    held = threading.Event()
+    send = SimpleHTTPRequestHandler.do_GET
+
+    def send_late(handler: SimpleHTTPRequestHandler) -> None:
+        if "schedule.json" in handler.path:
+            held.wait(START_SECONDS)
+        send(handler)
+
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", send_late)
+    browser.click("sample")
+    browser.wait_for("status", "Step 1/6")
+    browser.click("cancel")
+    browser.wait_for("status", "Cancelled")
+    browser.click(button)
+    browser.wait_for("status", "Loading the network")
+    browser.click("cancel")
+    browser.wait_for("status", "Cancelled")
+    held.set()
+    # Answered after all that the page has asked for before.
+    assert draw(browser, label="1").latents.shape[0] == 1
+    assert browser.text("status") == "Cancelled"
+    assert browser.text("error") == ""
+
+
+@pytest.mark.usefixtures("quiet")
+def test_cancel_while_embeddings_are_read_leaves_nothing_to_do(
+    browser: Browser, site: Site, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "e.npy", tiny.tiny_embeddings(2, seed=3).numpy())
+    browser.open(site.page("conditional"))
+    browser.wait_for("about", "files checked")
+    browser.run("""
+        const read = File.prototype.arrayBuffer;
+        const held = new Promise((resolve) => { window.release = resolve; });
+        File.prototype.arrayBuffer = async function () { await held; return read.call(this); };""")
+    browser.type("embedding", str(tmp_path / "e.npy"))
+    browser.click("sample")
+    browser.click("cancel")
+    browser.wait_for("status", "Cancelled")
+    browser.run("window.release();")
+    # Longer than the samples would take.
+    found = browser.run("return (await edgeqdm.selfTest()).passed;")
+    assert found is True
+    assert browser.text("status") == "Cancelled"
+    assert browser.text("error") == ""
+
+
+@pytest.mark.usefixtures("quiet")
+def test_focus_is_on_cancel_while_sampling_and_back_afterwards(
+    browser: Browser, site: Site
+) -> None:
+    browser.open(site.page("unet-fmnist", "ort=/ort&count=100"))
+    browser.wait_for("about", "files checked")
+    press: dict[str, Callable[[], None]] = {
+        "sample": lambda: browser.click("sample"),
+        "count": lambda: browser.type("count", ENTER),
+    }
+    for element, start in press.items():
+        start()
+        browser.wait_for("status", "Step 1/6")
+        assert browser.run("return document.activeElement.id;") == "cancel"
+        browser.click("cancel")
+        browser.wait_for("status", "Cancelled")
+        assert browser.run("return document.activeElement.id;") == element
+
+
+@pytest.mark.usefixtures("quiet")
+def test_groups_of_controls_have_names(browser: Browser, site: Site) -> None:
+    browser.open(site.page("unet"))
+    browser.wait_for("about", "files checked")
+    chips = browser.run("""
+        const { role, ariaLabel, hidden } = document.getElementById("chips");
+        return [role, ariaLabel, hidden];""")
+    legend = browser.run("return document.querySelector('#fields > legend').innerText;")
+    assert chips == ["group", "Labels by name", False]
+    assert legend == "What to draw"
+
+
+@pytest.mark.usefixtures("quiet")
 def test_isolated_page_uses_threads_and_draws_the_same(browser: Browser, site: Site) -> None:
     browser.open(site.page("unet-fmnist"))
     alone = draw(browser, label="0,2", seed="7").latents
@@ -268,7 +357,7 @@ def refusal(browser: Browser, url: str, options: Mapping[str, str] | None = None
     [
         ({"label": "3"}, "label 3 is out of range 0..2"),
         ({"label": "hat"}, 'unknown label in "hat"; known: bag, boot, coat'),
-        ({"label": "1", "count": "0"}, "the number of images must be at least 1"),
+        ({"label": "1", "count": "0"}, "the number of images must be a whole number in 1..1000"),
         ({"seed": "x"}, "seed must be an integer in 0..2**64 - 1"),
     ],
 )

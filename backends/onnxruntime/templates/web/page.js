@@ -43,15 +43,33 @@ function ask(message, onStep) {
 
 let opening = start();
 let busy = false;
+// Whether the worker is at a request of the page, and what ends each wait of the page.
+let asked = false;
+const waits = new Set();
+
+// What `promise` comes to, unless the page is told to cancel before that.
+async function unlessCancelled(promise) {
+  let stop;
+  const cancelled = new Promise((_, reject) => {
+    stop = () => reject(new Error(CANCELLED));
+  });
+  waits.add(stop);
+  try {
+    return await Promise.race([promise, cancelled]);
+  } finally {
+    waits.delete(stop);
+  }
+}
 
 async function request(message, onStep) {
   if (busy) throw new Error("the page is at work already");
   busy = true;
   try {
-    await opening;
-    return (await ask(message, onStep)).done;
+    await unlessCancelled(opening);
+    asked = true;
+    return (await unlessCancelled(ask(message, onStep))).done;
   } finally {
-    busy = false;
+    busy = asked = false;
   }
 }
 
@@ -59,14 +77,15 @@ async function request(message, onStep) {
 // Resolves to {latents: Float32Array, shape, picture: {data: RGBA, width, height}}.
 const sample = (options, onStep) => request({ sample: options }, onStep);
 
-// Replays the golden run; resolves to {passed, deviation [S], sampler}.
+// Replays the golden run; resolves to {passed, reason, deviation [S], sampler}.
 const selfTest = (onStep) => request({ selfTest: true }, onStep);
 
 // Ends what the page does; that then rejects.
 function cancel() {
-  if (!busy) return;
+  for (const stop of waits) stop();
+  if (!asked) return;
+  asked = false;
   worker.terminate();
-  pending.reject(new Error(CANCELLED));
   opening = start();
   opening.catch(report);
 }
@@ -96,10 +115,18 @@ async function options() {
   };
 }
 
+// What had the focus before it was disabled.
+let focused = null;
+
+// While the page is at work, Cancel takes the focus of what is disabled, and gives it back.
 function setRunning(running) {
+  const held = document.activeElement;
   for (const id of ["sample", "fields", "test"]) $(id).disabled = running;
   $("cancel").disabled = !running;
   $("download").disabled = running || $("picture").hidden;
+  if (!held?.matches(":disabled")) return;
+  if (running) focused = held;
+  (running ? $("cancel") : (focused ?? $("sample"))).focus();
 }
 
 // Shows how far `task` is, and in the end what `say` makes of its result.
@@ -111,7 +138,7 @@ async function follow(task, say) {
   setRunning(true);
   let first;
   try {
-    const { steps } = (await opening).about;
+    const { steps } = (await unlessCancelled(opening)).about;
     const result = await task((step, partial) => {
       // The first step has waited for the network to load: it says nothing of the others.
       if (step === 0) first = performance.now();
@@ -133,7 +160,7 @@ async function follow(task, say) {
 
 const press = () =>
   follow(
-    async (onStep) => sample(await options(), onStep),
+    async (onStep) => sample(await unlessCancelled(options()), onStep),
     ({ picture, shape: [count] }, seconds) => {
       show(picture);
       return `${count} image${count > 1 ? "s" : ""} in ${seconds} s`;
@@ -141,8 +168,8 @@ const press = () =>
   );
 
 const pressTest = () =>
-  follow(selfTest, ({ passed, deviation }, seconds) => {
-    if (!passed) throw new Error("self-test failed: outputs differ from the golden run");
+  follow(selfTest, ({ passed, reason, deviation }, seconds) => {
+    if (!passed) throw new Error(`self-test failed: ${reason}`);
     const most = Math.max(...deviation).toFixed(2);
     return `Self-test passed in ${seconds} s: at most ${most} of the quantization noise`;
   });
@@ -175,6 +202,7 @@ function addChips(names) {
   field.oninput = mark;
   mark();
   $("chips").replaceChildren(...chips);
+  $("chips").hidden = chips.length === 0;
 }
 
 function describe({ name, sampler, steps, bytes, conditioning, labelNames, hashed }) {
@@ -195,6 +223,10 @@ function describe({ name, sampler, steps, bytes, conditioning, labelNames, hashe
 $("form").onsubmit = (event) => {
   event.preventDefault();
   press();
+};
+// A key that is held down presses what has the focus again and again: Sample, then Cancel.
+$("form").onkeydown = (event) => {
+  if (event.repeat && event.key === "Enter") event.preventDefault();
 };
 $("test").onclick = pressTest;
 $("cancel").onclick = cancel;

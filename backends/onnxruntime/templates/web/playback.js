@@ -11,6 +11,8 @@ export const GOLDEN_SHARE = 1.5;
 export const SAMPLER_TOLERANCE = 1e-4;
 const FLOAT_NOISE = 1e-5;
 const GOLDEN_SEED = 0x5eed;
+// All are one batch, which has to fit into the memory of WebAssembly, and then into a canvas.
+const MOST_IMAGES = 1000;
 
 // A package or an argument cannot be used; the message says which and why.
 export class PlaybackError extends Error {}
@@ -84,9 +86,11 @@ export function readNpy(bytes, name) {
 // Number of images from a text; null where none is given.
 function parseCount(text) {
   if (text === null || text === "") return null;
-  const count = Number(text);
-  if (!Number.isInteger(count) || count < 1) {
-    throw new PlaybackError(`the number of images must be at least 1, got ${text}`);
+  const count = /^\s*\d+\s*$/.test(text) ? Number(text) : NaN;
+  if (!(count >= 1 && count <= MOST_IMAGES)) {
+    throw new PlaybackError(
+      `the number of images must be a whole number in 1..${MOST_IMAGES}, got ${text}`,
+    );
   }
   return count;
 }
@@ -125,8 +129,9 @@ function parseLabels(player, text, count) {
   if (!text?.trim()) return Array.from({ length: count ?? total }, (_, k) => k % total);
   const names = player.labelNames.map((name) => name.toLowerCase());
   const labels = text.split(",").map((each) => {
-    const found = names.indexOf(each.trim().toLowerCase());
-    return found >= 0 ? found : /^\s*-?\d+\s*$/.test(each) ? Number(each) : NaN;
+    // The last of equal names, as in a Python dictionary.
+    const found = names.lastIndexOf(each.trim().toLowerCase());
+    return found >= 0 ? found : /^\s*[-+]?\d+\s*$/.test(each) ? Number(each) : NaN;
   });
   if (labels.some(Number.isNaN)) {
     const known = player.labelNames.join(", ") || `0..${total - 1}`;
@@ -189,7 +194,8 @@ export async function sample(player, evaluate, { count, conditioning }, seed, on
 
 // Replays the golden run: the network step by step on golden inputs, then the sampler on golden
 // outputs. `golden` is that of golden.safetensors; onStep: async, is told each step. Returns
-// {passed, deviation [S] as a share of the quantization noise, sampler}.
+// {passed, reason: what is wrong or null, deviation [S] as a share of the quantization noise,
+// sampler}.
 export async function selfTest(player, evaluate, golden, onStep) {
   const { inputs, outputs, samples, initial, conditioning = null } = golden;
   const { steps } = player.table, [count] = initial.shape, size = product(player.sampleShape);
@@ -224,8 +230,12 @@ export async function selfTest(player, evaluate, golden, onStep) {
   );
   const sampler = off / Math.max(1, largest(samples.data));
   // A comparison with NaN is false.
-  const passed = deviation.every((share) => share <= GOLDEN_SHARE) && sampler <= SAMPLER_TOLERANCE;
-  return { passed, deviation, sampler };
+  const wrong = [
+    deviation.every((share) => share <= GOLDEN_SHARE) ? [] : ["the network's outputs"],
+    sampler <= SAMPLER_TOLERANCE ? [] : ["the sampler's steps"],
+  ].flat();
+  const reason = wrong.length ? `${wrong.join(" and ")} differ from the golden run` : null;
+  return { passed: reason === null, reason, deviation, sampler };
 }
 
 // Half to even, of a value that is not negative.
