@@ -289,6 +289,8 @@ SAME = [
     ("--label", "0,1", "--count", "8", "--out", "x.png"),
     ("--threads", "0", "--out", "x.png"),
     ("--seed", "18446744073709551616", "--out", "x.png"),
+    ("--seed", "184467440737095516150", "--out", "x.png"),
+    ("--seed", "-99999999999999999999", "--out", "x.png"),
     ("--embedding", "e.npy", "--label", "1", "--out", "x.png"),
     ("--embedding", "e.npy", "--out", "x.png"),
     ("--label", "1", "--out", "no/such/x.png"),

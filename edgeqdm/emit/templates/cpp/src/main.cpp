@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -60,48 +61,50 @@ struct Arguments {
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(EDGEQDM_INPUT, message); }
 
-// A whole number in decimal digits; false where it is none. Too large a number is 2^64 - 1.
-bool parse_whole(const std::string& text, bool* negative, std::uint64_t* value) {
+struct Whole {
+  bool negative = false;
+  bool overflow = false;  // the magnitude is 2^64 or more, `value` means nothing
+  std::uint64_t value = 0;
+};
+
+// A whole number in decimal digits, if it is one.
+std::optional<Whole> parse_whole(const std::string& text) {
   const std::size_t sign = !text.empty() && (text[0] == '-' || text[0] == '+') ? 1 : 0;
-  if (text.size() == sign) return false;
-  std::uint64_t found = 0;
+  if (text.size() == sign) return std::nullopt;
+  Whole found;
   for (std::size_t k = sign; k < text.size(); ++k) {
-    if (text[k] < '0' || text[k] > '9') return false;
+    if (text[k] < '0' || text[k] > '9') return std::nullopt;
     const auto digit = static_cast<std::uint64_t>(text[k] - '0');
-    found = found > (UINT64_MAX - digit) / 10 ? UINT64_MAX : 10 * found + digit;
+    found.overflow = found.overflow || found.value > (UINT64_MAX - digit) / 10;
+    if (!found.overflow) found.value = 10 * found.value + digit;
   }
-  *negative = sign == 1 && text[0] == '-' && found != 0;
-  *value = found;
-  return true;
+  found.negative = text[0] == '-' && (found.overflow || found.value != 0);
+  return found;
 }
 
-void parse_integer(const char* option, const std::string& text, bool* negative,
-                   std::uint64_t* value) {
-  if (parse_whole(text, negative, value)) return;
+Whole parse_integer(const char* option, const std::string& text) {
+  if (const std::optional<Whole> found = parse_whole(text)) return *found;
   throw Error(usage_error, std::string("argument ") + option + ": invalid int value: '" +
                                printable(text) + "'");
 }
 
 std::uint64_t parse_seed(const std::string& text) {
-  bool negative = false;
-  std::uint64_t value = 0;
-  parse_integer("--seed", text, &negative, &value);
-  const bool too_large = value == UINT64_MAX && text.find("18446744073709551615") == text.npos;
-  if (negative || too_large) {
+  const Whole found = parse_integer("--seed", text);
+  if (found.negative || found.overflow) {
     refuse("seed must be in 0..2**64 - 1, but it is " + printable(text));
   }
-  return value;
+  return found.value;
 }
 
 std::uint32_t parse_count(const char* option, const std::string& text) {
-  bool negative = false;
-  std::uint64_t value = 0;
-  parse_integer(option, text, &negative, &value);
-  if (negative || value == 0) {
+  const Whole found = parse_integer(option, text);
+  if (found.negative || (found.value == 0 && !found.overflow)) {
     refuse(std::string(option) + " must be at least 1, got " + printable(text));
   }
-  if (value > INT32_MAX) refuse(std::string(option) + " is too large: " + printable(text));
-  return static_cast<std::uint32_t>(value);
+  if (found.overflow || found.value > INT32_MAX) {
+    refuse(std::string(option) + " is too large: " + printable(text));
+  }
+  return static_cast<std::uint32_t>(found.value);
 }
 
 // The value of `option`, from the same argument behind `=` or from the next one.
@@ -277,15 +280,16 @@ std::int64_t parse_label(const std::string& text, const std::vector<std::string>
   for (std::size_t k = names.size(); k > 0; --k) {
     if (lower(names[k - 1]) == lower(text)) return static_cast<std::int64_t>(k - 1);
   }
-  bool negative = false;
-  std::uint64_t value = 0;
-  if (!parse_whole(text, &negative, &value)) {
+  const std::optional<Whole> found = parse_whole(text);
+  if (!found) {
     std::string known;
     for (const std::string& name : names) known += ", " + name;
     refuse("unknown label in '" + all + "'; known: " + (known.empty() ? range : known.substr(2)));
   }
-  if (negative || value >= info.labels) refuse("label " + text + " is out of range " + range);
-  return static_cast<std::int64_t>(value);
+  if (found->negative || found->overflow || found->value >= info.labels) {
+    refuse("label " + text + " is out of range " + range);
+  }
+  return static_cast<std::int64_t>(found->value);
 }
 
 // One label per image; all labels once where none is asked for.
