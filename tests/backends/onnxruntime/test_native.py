@@ -590,7 +590,7 @@ def test_unwritable_results_end_with_7_and_leave_nothing(
     tool, common = sanitized / "edgeqdm-run", ("--package", packages / "label", "--label", "1")
     (tmp_path / "folder").mkdir()
     found = run(tool, *common, "--out", "folder", cwd=tmp_path)
-    refused(found, 7, "cannot write folder: Is a directory")
+    refused(found, 7, "cannot write folder: not a regular file; name another")
     found = run(tool, *common, "--out", "x.png", "--latents", "no/x.npy", cwd=tmp_path)
     refused(found, 7, "cannot write no/x.npy: No such file or directory")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
