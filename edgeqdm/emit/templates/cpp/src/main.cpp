@@ -10,12 +10,14 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "edgeqdm.h"
 #include "error.h"
 #include "files.h"
+#include "image.h"
 #include "tensors.h"
 
 namespace {
@@ -27,10 +29,20 @@ constexpr int exit_usage = 2;
 constexpr edgeqdm_status usage_error = static_cast<edgeqdm_status>(exit_usage);
 constexpr std::uint64_t max_embedding_bytes = std::uint64_t{1} << 32;
 
-// The only thing that a signal handler may touch.
-volatile std::sig_atomic_t interrupted = 0;
+// The signal that asked to stop, 0 if none did: all that a handler may touch.
+volatile std::sig_atomic_t stopped_by = 0;
 
-extern "C" void on_interrupt(int) { interrupted = 1; }
+extern "C" void on_stop(int signal) { stopped_by = signal; }
+
+extern "C" void leave_at_once(int signal) { ::_exit(128 + signal); }
+
+// Ctrl-C and SIGTERM; `flags` are those of sigaction.
+void on_stop_signals(void (*handler)(int), int flags) {
+  struct sigaction action{};
+  action.sa_handler = handler;
+  action.sa_flags = flags;
+  for (int signal : {SIGINT, SIGTERM}) ::sigaction(signal, &action, nullptr);
+}
 
 constexpr const char* help =
     "usage: edgeqdm-run [--package DIR] --out FILE [options]\n"
@@ -349,7 +361,33 @@ int on_step(std::uint32_t done, std::uint32_t steps, void* context) {
     std::fprintf(stderr, "\rstep %u/%u, %.0f s left ", done, steps, left);
     if (done == steps) std::fputc('\n', stderr);
   }
-  return interrupted;
+  return stopped_by;
+}
+
+edgeqdm::PixelShape pixels_of(const edgeqdm_info& info) {
+  return {info.pixel_channels, info.pixel_height, info.pixel_width};
+}
+
+// Before there is any work to lose.
+void check_outputs(const Arguments& arguments, const edgeqdm_info& info) {
+  edgeqdm::check_ending(info.pixel_channels, arguments.out);
+  const std::string out = edgeqdm::writable_target(arguments.out);
+  if (arguments.latents.empty() || edgeqdm::writable_target(arguments.latents) != out) return;
+  refuse("--out and --latents are the same file: " + printable(arguments.out));
+}
+
+void stop_if_asked() {
+  if (stopped_by != 0) throw Error(EDGEQDM_CANCELLED, "cancelled");
+}
+
+void write_results(const Session& session, const Arguments& arguments) {
+  // From here on no signal ends the program half-way through a file, leaving its beginning.
+  on_stop_signals(on_stop, 0);
+  stop_if_asked();
+  check(session, edgeqdm_write_image(session.get(), arguments.out.c_str(), arguments.columns));
+  if (arguments.latents.empty()) return;
+  stop_if_asked();
+  check(session, edgeqdm_write_latents(session.get(), arguments.latents.c_str()));
 }
 
 void draw(const Session& session, const Arguments& arguments) {
@@ -358,6 +396,7 @@ void draw(const Session& session, const Arguments& arguments) {
   std::vector<std::int64_t> labels;
   edgeqdm::Tensor embeddings;
   std::uint32_t n_images = arguments.has_count ? arguments.count : 1;
+  edgeqdm::check_sheet(pixels_of(info), n_images, arguments.columns);
   if (!arguments.embedding.empty()) {
     embeddings = read_embeddings(arguments.embedding, info);
     n_images = static_cast<std::uint32_t>(embeddings.shape[0]);
@@ -367,6 +406,8 @@ void draw(const Session& session, const Arguments& arguments) {
   } else if (arguments.has_label) {
     refuse("this model takes no label");
   }
+  edgeqdm::check_sheet(pixels_of(info), n_images, arguments.columns);
+  check_outputs(arguments, info);
   Progress progress{!arguments.quiet && ::isatty(STDERR_FILENO) != 0,
                     std::chrono::steady_clock::now()};
   check(session, edgeqdm_begin(session.get(), arguments.seed, 0, n_images,
@@ -374,10 +415,7 @@ void draw(const Session& session, const Arguments& arguments) {
                                embeddings.floats.empty() ? nullptr : embeddings.floats.data()));
   check(session, edgeqdm_sample(session.get(), on_step, &progress));
   const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - progress.started;
-  check(session, edgeqdm_write_image(session.get(), arguments.out.c_str(), arguments.columns));
-  if (!arguments.latents.empty()) {
-    check(session, edgeqdm_write_latents(session.get(), arguments.latents.c_str()));
-  }
+  write_results(session, arguments);
   if (!arguments.quiet) {
     std::printf("%s: %u images, seed %llu, %.2f s\n", arguments.out.c_str(), n_images,
                 static_cast<unsigned long long>(arguments.seed), spent.count());
@@ -394,19 +432,19 @@ void run(const Arguments& arguments, const char* program) {
   }
   const Session session = open_package(folder, arguments);
   if (arguments.self_test) {
+    // It writes nothing, and has no step at which to ask.
+    on_stop_signals(leave_at_once, 0);
+    stop_if_asked();
     report_self_test(session);
   } else {
     draw(session, arguments);
   }
 }
 
-// Ctrl-C once: a second one ends the program at once, should a step take long. A full disk and a
-// closed pipe are errors of the calls that meet them, not signals.
+// Asked to stop once: a second time ends the program at once, should a step take long. A full disk
+// and a closed pipe are errors of the calls that meet them, not signals.
 void set_signals() {
-  struct sigaction action{};
-  action.sa_handler = on_interrupt;
-  action.sa_flags = static_cast<int>(SA_RESETHAND);
-  ::sigaction(SIGINT, &action, nullptr);
+  on_stop_signals(on_stop, static_cast<int>(SA_RESETHAND));
   std::signal(SIGXFSZ, SIG_IGN);
   std::signal(SIGPIPE, SIG_IGN);
 }
@@ -419,6 +457,7 @@ int fail(int status, const char* message) {
 }  // namespace
 
 int main(int n, char** values) {
+  edgeqdm::reserve_standard_streams();
   set_signals();
   try {
     for (int k = 1; k < n; ++k) {
@@ -431,9 +470,11 @@ int main(int n, char** values) {
     }
     run(parse_arguments(n, values), values[0]);
   } catch (const Error& error) {
-    if (error.status() == EDGEQDM_CANCELLED) return EDGEQDM_CANCELLED;
+    if (error.status() == EDGEQDM_CANCELLED) return 128 + stopped_by;
     return fail(error.status(), printable(error.what()).c_str());
   } catch (const std::bad_alloc&) {
+    return fail(EDGEQDM_RESOURCE, "out of memory - draw fewer images at once");
+  } catch (const std::length_error&) {
     return fail(EDGEQDM_RESOURCE, "out of memory - draw fewer images at once");
   } catch (const std::exception& error) {
     return fail(EDGEQDM_INTERNAL, ("internal: " + printable(error.what())).c_str());
