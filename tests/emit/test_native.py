@@ -492,9 +492,40 @@ def test_safetensors_is_read(probe: ctypes.CDLL) -> None:
         assert read_tensor(probe, data, name, value.nbytes) == (0, value.tobytes())
 
 
+def test_safetensors_with_an_empty_tensor_is_read(probe: ctypes.CDLL) -> None:
+    tensors = {"a": np.ones(3, np.float32), "b": np.zeros((0, 2), np.float32), "c": np.arange(2)}
+    for name, value in tensors.items():
+        assert read_tensor(probe, save(tensors), name, value.nbytes) == (0, value.tobytes())
+
+
 def framed(header: Any, n_bytes: int = 8) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(n_bytes)
+
+
+def placed(*offsets: tuple[int, int], n_bytes: int) -> bytes:
+    """A file of tensors at these bytes of its data."""
+    header = {
+        f"x{k}": {"dtype": "F32", "shape": [(stop - start) // 4], "data_offsets": [start, stop]}
+        for k, (start, stop) in enumerate(offsets)
+    }
+    return framed(header, n_bytes)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        placed((0, 8), (0, 8), n_bytes=8),
+        placed((0, 8), (4, 12), n_bytes=12),
+        placed((0, 8), (4, 4), n_bytes=8),
+        placed((0, 8), (12, 16), n_bytes=16),
+        placed((4, 12), n_bytes=12),
+        placed((0, 8), n_bytes=12),
+    ],
+    ids=["twice", "overlap", "empty inside", "hole", "hole at the start", "rest"],
+)
+def test_safetensors_holds_every_byte_once(probe: ctypes.CDLL, data: bytes) -> None:
+    assert read_tensor(probe, data, "x0", 8)[0] == VerifyError.exit_code
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 // Linked with -Wl,--wrap=OrtGetApiBase: an ONNX Runtime that is old, fails, gives NaN or is
-// interrupted, as the environment asks, and a count of allocations outside its Run.
+// interrupted, as the environment asks, and a count of allocations outside its Run. With
+// -Wl,--wrap=fsync: signals while a result is being written.
 #include <onnxruntime_c_api.h>
 
 #include <atomic>
@@ -7,6 +8,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "hooks.h"
@@ -49,6 +51,7 @@ OrtStatus* ORT_API_CALL hooked_run(OrtSession* session, const OrtRunOptions* opt
       status = real_api()->CreateStatus(ORT_FAIL, "std::bad_alloc");
     }
     if (asked("EDGEQDM_TEST_RUN", "interrupt")) std::raise(SIGINT);
+    if (asked("EDGEQDM_TEST_RUN", "terminate")) std::raise(SIGTERM);
   }
   in_run = false;
   return status;
@@ -96,6 +99,7 @@ extern "C" {
 
 void* __real_calloc(std::size_t n, std::size_t size);
 void* __real_realloc(void* memory, std::size_t size);
+int __real_fsync(int descriptor);
 
 // What the objects of this program call themselves; a library's calls go past these.
 void* __wrap_malloc(std::size_t size) {
@@ -111,6 +115,13 @@ void* __wrap_calloc(std::size_t n, std::size_t size) {
 void* __wrap_realloc(void* memory, std::size_t size) {
   if (counting && !in_run) ++n_allocations;
   return __real_realloc(memory, size);
+}
+
+int __wrap_fsync(int descriptor) {
+  if (asked("EDGEQDM_TEST_WRITE", "terminate")) {
+    for (int signal : {SIGTERM, SIGTERM}) std::raise(signal);
+  }
+  return __real_fsync(descriptor);
 }
 
 }  // extern "C"

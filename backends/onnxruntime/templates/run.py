@@ -7,16 +7,18 @@ python runtime/python/run.py --self-test
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import stat
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import numpy as np
@@ -178,20 +180,58 @@ def read_embeddings(path: Path) -> Any:
     return embeddings
 
 
+def writable_target(path: Path) -> Path:
+    """The file that writing to `path` replaces or makes: links followed, to a file or to none."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise cannot_write(path, "not a regular file; name another")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise cannot_write(path, error.strerror) from error
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.stat()
+    except OSError as error:
+        raise cannot_write(path, error.strerror) from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise cannot_write(path, os.strerror(errno.EACCES))
+    return target
+
+
+def cannot_write(path: Path, reason: str | None) -> RunError:
+    return RunError(EXIT_OUTPUT, f"cannot write {path}: {reason}")
+
+
+def create_partial(folder: Path) -> BinaryIO:
+    """A new file of a short name: the longest legal name leaves no room for more."""
+    for k in range(1000):
+        with contextlib.suppress(FileExistsError):
+            return (folder / f".edgeqdm-{os.getpid()}-{k}").open("xb")
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
+    target = writable_target(path)
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with create_partial(target.parent) as file:
+            try:
+                file.write(data)
+                file.close()
+                os.replace(file.name, target)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
     except OSError as error:
-        raise RunError(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        Path(partial).unlink(missing_ok=True)
-        raise RunError(EXIT_OUTPUT, f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error.strerror) from error
+
+
+def check_outputs(out: Path, latents: Path | None) -> None:
+    """Raise RunError where there could be no result, before there is any work to lose."""
+    target = writable_target(out)
+    if latents is not None and writable_target(latents) == target:
+        raise RunError(EXIT_INPUT, f"--out and --latents are the same file: {out}")
 
 
 def report_self_test(player: playback.Player, evaluate: playback.Evaluate) -> None:
@@ -240,6 +280,7 @@ def run(arguments: argparse.Namespace) -> None:
         conditioning = parse_labels(player, arguments.label, arguments.count)
     n_images = (arguments.count or 1) if conditioning is None else len(conditioning)
     playback.check_conditioning(player, conditioning, n_images)
+    check_outputs(arguments.out, arguments.latents)
     started = time.perf_counter()
 
     def on_step(step: int, _: Any) -> None:

@@ -331,6 +331,74 @@ def test_a_full_disk_is_named_with_the_latents(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_is_no_regular_file_is_not_replaced(main: Main, tmp_path: Path) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for path in (fifo, link):
+        expected = f"error: cannot write {path}: not a regular file; name another\n"
+        assert main("--out", str(path)) == (OutputError.exit_code, expected)
+        assert main("--latents", str(path)) == (OutputError.exit_code, expected)
+    assert fifo.is_fifo()
+    assert link.is_symlink()
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_results_go_where_links_lead(main: Main, tmp_path: Path, exists: bool) -> None:
+    target, link = tmp_path / "to" / "x.npy", tmp_path / "link.npy"
+    target.parent.mkdir()
+    link.symlink_to("to/x.npy")
+    if exists:
+        target.write_text("old")
+    assert main("--latents", str(link)) == (0, "")
+    assert link.is_symlink()
+    assert np.load(target).shape == (10, 1, 2, 2)
+    assert [p.name for p in target.parent.iterdir()] == ["x.npy"]
+
+
+def test_two_results_are_not_one_file(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("x.png")
+    for name in ("x.png", "link"):
+        exit_code, shown = main("--latents", str(tmp_path / name))
+        assert exit_code == InputError.exit_code
+        assert shown.startswith("error: --out and --latents are the same file: ")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_results_have_the_longest_names_and_the_mode_of_the_umask(
+    main: Main, tmp_path: Path, mask: int, mode: int
+) -> None:
+    path = tmp_path / ("x" * 251 + ".npy")
+    before = os.umask(mask)
+    try:
+        assert main("--latents", str(path)) == (0, "")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_impossible_outputs_are_refused_before_the_first_step(main: Main, tmp_path: Path) -> None:
+    def failing(*_: Any) -> list[Any]:
+        raise AssertionError
+
+    path = tmp_path / "no" / "x.npy"
+    expected = f"error: cannot write {path}: No such file or directory\n"
+    for option in ("--out", "--latents"):
+        assert main(option, str(path), run=failing) == (OutputError.exit_code, expected)
+
+
+def test_an_interrupt_while_writing_leaves_nothing(
+    main: Main, runtime: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime.os, "replace", interrupted)
+    assert main() == (130, "")
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "numpy"])
 def test_a_missing_library_ends_with_4(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str

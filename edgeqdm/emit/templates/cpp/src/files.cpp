@@ -5,14 +5,19 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "error.h"
 #include "sha256.h"
 
 namespace edgeqdm {
 namespace {
+
+constexpr int max_links = 40;
+constexpr int max_partials = 1000;
 
 // An open file that closes itself.
 class File {
@@ -85,6 +90,40 @@ bool write_all(int descriptor, const Bytes& data) {
   return true;
 }
 
+[[noreturn]] void cannot_write(const std::string& path, const std::string& why) {
+  throw Error(EDGEQDM_OUTPUT, "cannot write " + printable(path) + ": " + why);
+}
+
+std::string folder_of(const std::string& path) {
+  const std::size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "./" : path.substr(0, slash + 1);
+}
+
+// Where a chain of links ends, be there a file or not: realpath would ask for one.
+std::string behind_links(const std::string& path) {
+  std::string place = path;
+  for (int link = 0; link < max_links; ++link) {
+    char text[PATH_MAX];
+    const ssize_t n = ::readlink(place.c_str(), text, sizeof text);
+    if (n < 0) return place;
+    const std::string to(text, static_cast<std::size_t>(n));
+    place = to.rfind('/', 0) == 0 ? to : folder_of(place) + to;
+  }
+  cannot_write(path, "too many links; name another");
+}
+
+// A new file of a short name, as the longest legal name leaves no room for more. Unlike mkstemp
+// it leaves the mode to the umask. -1 and errno where there can be none.
+int create_partial(const std::string& folder, std::string* path) {
+  const std::string stem = folder + ".edgeqdm-" + std::to_string(::getpid()) + "-";
+  for (int k = 0; k < max_partials; ++k) {
+    *path = stem + std::to_string(k);
+    const int descriptor = ::open(path->c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (descriptor >= 0 || errno != EEXIST) return descriptor;
+  }
+  return -1;
+}
+
 }  // namespace
 
 std::string file_fault(const std::string& folder, const std::string& relative) {
@@ -146,25 +185,34 @@ Bytes read_file(const std::string& path, std::uint64_t max_bytes, int status) {
   return data;
 }
 
-void write_atomically(const std::string& path, const Bytes& data) {
-  const auto fail = [&path] {
-    throw Error(EDGEQDM_OUTPUT, "cannot write " + printable(path) + ": " + reason());
-  };
-  const std::size_t slash = path.rfind('/');
-  const std::size_t name = slash == std::string::npos ? 0 : slash + 1;
-  std::string partial = path.substr(0, name) + "." + path.substr(name) + ".XXXXXX";
-  File file(::mkstemp(partial.data()));
-  if (!file.is_open()) fail();
-  // A rename is on the disk with the folder it is in; what it names must be there before.
-  const bool written = write_all(file.get(), data) && ::fchmod(file.get(), 0644) == 0 &&
-                       ::fsync(file.get()) == 0 && file.close() == 0 &&
-                       ::rename(partial.c_str(), path.c_str()) == 0;
-  if (!written) {
-    const int kept = errno;
-    ::unlink(partial.c_str());
-    errno = kept;
-    fail();
+std::string writable_target(const std::string& path) {
+  struct stat found;
+  if (::stat(path.c_str(), &found) == 0) {
+    if (!S_ISREG(found.st_mode)) cannot_write(path, "not a regular file; name another");
+  } else if (errno != ENOENT) {
+    cannot_write(path, reason());
   }
+  const std::string target = behind_links(path);
+  const std::string folder = folder_of(target);
+  if (::access(folder.c_str(), W_OK | X_OK) != 0) cannot_write(path, reason());
+  char* real = ::realpath(folder.c_str(), nullptr);
+  if (real == nullptr) cannot_write(path, reason());
+  const std::unique_ptr<char, decltype(&std::free)> owned(real, std::free);
+  return std::string(real) + "/" + target.substr(target.rfind('/') + 1);
+}
+
+void write_atomically(const std::string& path, const Bytes& data) {
+  const std::string target = writable_target(path);
+  std::string partial;
+  File file(create_partial(folder_of(target), &partial));
+  if (!file.is_open()) cannot_write(path, reason());
+  // A rename is on the disk with the folder it is in; what it names must be there before.
+  const bool written = write_all(file.get(), data) && ::fsync(file.get()) == 0 &&
+                       file.close() == 0 && ::rename(partial.c_str(), target.c_str()) == 0;
+  if (written) return;
+  const std::string why = reason();
+  ::unlink(partial.c_str());
+  cannot_write(path, why);
 }
 
 std::string printable(const std::string& text) {
@@ -179,6 +227,15 @@ std::string printable(const std::string& text) {
     shown += std::string("\\x") + digits[byte >> 4] + digits[byte & 15];
   }
   return shown;
+}
+
+void reserve_standard_streams() noexcept {
+  int descriptor = 0;
+  // open gives the lowest number that is free.
+  do {
+    descriptor = ::open("/dev/null", O_RDWR);
+  } while (descriptor >= 0 && descriptor <= STDERR_FILENO);
+  if (descriptor >= 0) ::close(descriptor);
 }
 
 }  // namespace edgeqdm

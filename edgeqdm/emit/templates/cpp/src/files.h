@@ -37,10 +37,18 @@ std::uint64_t file_size(const std::string& path);
 // All bytes of a regular file of at most `max_bytes`. Throws Error of this status.
 Bytes read_file(const std::string& path, std::uint64_t max_bytes, int status);
 
-// Writes to a temporary sibling, then renames it. Throws Error, OUTPUT.
+// The file that writing to `path` replaces or makes: links followed, without a link in its folder.
+// Throws Error, OUTPUT, for what is no regular file and for a folder that cannot be written.
+std::string writable_target(const std::string& path);
+
+// Writes to a temporary sibling of the target, then renames it. Throws Error, OUTPUT.
 void write_atomically(const std::string& path, const Bytes& data);
 
 // The same text without control characters: names out of files can hold line breaks.
 std::string printable(const std::string& text);
+
+// Opens /dev/null in place of every standard stream that is closed: a file opened later would take
+// its number, and get what is printed. To be called before anything is opened.
+void reserve_standard_streams() noexcept;
 
 }  // namespace edgeqdm

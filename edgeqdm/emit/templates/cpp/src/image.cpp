@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::size_t max_stored = 65535;  // bytes of one stored block
 constexpr std::uint32_t adler_modulus = 65521;
+constexpr std::uint64_t max_png = 0x7FFFFFFF;  // of a side, and bytes of a chunk
 
 // In float32 and rounded half to even, as numpy's rint does. NaN, if there ever is one, is black.
 std::uint8_t level(float sample) noexcept {
@@ -60,13 +61,28 @@ Bytes stored(const Bytes& data) {
   return stream;
 }
 
+// Whether images of so many channels are shown in grey.
+bool is_grey(std::uint32_t channels) noexcept { return channels != 3; }
+
 Image shown(const Image& image) {
-  if (image.channels == 1 || image.channels == 3) return image;
+  if (image.channels == 1 || !is_grey(image.channels)) return image;
   Image grey{image.height, image.width, 1, {}};
   for (std::size_t k = 0; k < image.pixels.size(); k += image.channels) {
     grey.pixels.push_back(image.pixels[k]);
   }
   return grey;
+}
+
+struct SheetLayout {
+  std::uint64_t across;  // images in a row
+  std::uint64_t height, width;
+};
+
+SheetLayout layout_of(PixelShape shape, std::uint64_t n_images, std::uint32_t columns) noexcept {
+  const auto across = std::max<std::uint64_t>(1, std::min<std::uint64_t>(columns, n_images));
+  const std::uint64_t rows = (n_images + across - 1) / across;
+  return {across, rows * (std::uint64_t{shape.height} + 1) - 1,
+          across * (std::uint64_t{shape.width} + 1) - 1};
 }
 
 bool ends_with(const std::string& path, const std::string& ending) {
@@ -111,11 +127,9 @@ void decode(const Table& table, const float* samples, std::size_t n_images, std:
 
 Image sheet(const std::uint8_t* pixels, PixelShape shape, std::size_t n_images,
             std::uint32_t columns) {
-  const std::size_t across = std::max<std::size_t>(1, std::min<std::size_t>(columns, n_images));
-  const std::size_t rows = (n_images + across - 1) / across;
-  const std::size_t height = rows * (std::size_t{shape.height} + 1) - 1;
-  const std::size_t width = across * (std::size_t{shape.width} + 1) - 1;
-  Image image{height, width, shape.channels, {}};
+  const SheetLayout layout = layout_of(shape, n_images, columns);
+  const auto across = static_cast<std::size_t>(layout.across);
+  Image image{layout.height, layout.width, shape.channels, {}};
   const std::size_t line = static_cast<std::size_t>(image.width) * shape.channels;
   image.pixels.assign(static_cast<std::size_t>(image.height) * line, 128);
   const std::size_t n_row = std::size_t{shape.width} * shape.channels;
@@ -141,7 +155,7 @@ Bytes png_of(const Image& original) {
     raw.insert(raw.end(), first, first + static_cast<std::ptrdiff_t>(line));
   }
   const Bytes stream = stored(raw);
-  if (image.width > 0x7FFFFFFF || image.height > 0x7FFFFFFF || stream.size() > 0x7FFFFFFF) {
+  if (image.width > max_png || image.height > max_png || stream.size() > max_png) {
     throw Error(EDGEQDM_OUTPUT, "the sheet is too large for a PNG file");
   }
   Bytes header;
@@ -156,15 +170,27 @@ Bytes png_of(const Image& original) {
   return file;
 }
 
-Bytes encode(const Image& image, const std::string& path) {
-  const bool pgm = ends_with(path, ".pgm"), ppm = ends_with(path, ".ppm");
-  if (!pgm && !ppm) return png_of(image);
-  const Image plain = shown(image);
-  if (pgm != (plain.channels == 1)) {
-    throw Error(EDGEQDM_INPUT, pgm ? "these images are in colour: name the file .ppm or .png"
-                                   : "these images are grey: name the file .pgm or .png");
+void check_sheet(PixelShape shape, std::uint64_t n_images, std::uint32_t columns) {
+  const SheetLayout layout = layout_of(shape, n_images, columns);
+  const std::uint64_t line = 1 + layout.width * (is_grey(shape.channels) ? 1 : 3);
+  if (line <= max_png / layout.height) return;
+  throw Error(EDGEQDM_INPUT, "a sheet of " + std::to_string(n_images) +
+                                 " images is larger than 2 GiB - draw fewer images at once");
+}
+
+void check_ending(std::uint32_t channels, const std::string& path) {
+  if (ends_with(path, ".pgm") && !is_grey(channels)) {
+    throw Error(EDGEQDM_INPUT, "these images are in colour: name the file .ppm or .png");
   }
-  return netpbm_of(plain);
+  if (ends_with(path, ".ppm") && is_grey(channels)) {
+    throw Error(EDGEQDM_INPUT, "these images are grey: name the file .pgm or .png");
+  }
+}
+
+Bytes encode(const Image& image, const std::string& path) {
+  check_ending(image.channels, path);
+  const bool netpbm = ends_with(path, ".pgm") || ends_with(path, ".ppm");
+  return netpbm ? netpbm_of(shown(image)) : png_of(image);
 }
 
 }  // namespace edgeqdm

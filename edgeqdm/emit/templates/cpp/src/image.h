@@ -39,6 +39,12 @@ Image sheet(const std::uint8_t* pixels, PixelShape shape, std::size_t n_images,
 // stored blocks need no library. Throws Error, OUTPUT, for an image beyond what PNG can hold.
 Bytes png_of(const Image& image);
 
+// Throws Error, INPUT, where a sheet of these images could be no PNG file, whatever its ending.
+void check_sheet(PixelShape shape, std::uint64_t n_images, std::uint32_t columns);
+
+// Throws Error, INPUT, where the path ends in .pgm and the images are in colour or the other way.
+void check_ending(std::uint32_t channels, const std::string& path);
+
 // PGM or PPM where the path ends in .pgm (grey) or .ppm (colour), else PNG. Throws Error.
 Bytes encode(const Image& image, const std::string& path);
 

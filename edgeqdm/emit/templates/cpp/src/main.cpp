@@ -9,12 +9,15 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "edgeqdm.h"
 #include "error.h"
 #include "files.h"
+#include "image.h"
 #include "tensors.h"
 
 namespace {
@@ -26,10 +29,20 @@ constexpr int exit_usage = 2;
 constexpr edgeqdm_status usage_error = static_cast<edgeqdm_status>(exit_usage);
 constexpr std::uint64_t max_embedding_bytes = std::uint64_t{1} << 32;
 
-// The only thing that a signal handler may touch.
-volatile std::sig_atomic_t interrupted = 0;
+// The signal that asked to stop, 0 if none did: all that a handler may touch.
+volatile std::sig_atomic_t stopped_by = 0;
 
-extern "C" void on_interrupt(int) { interrupted = 1; }
+extern "C" void on_stop(int signal) { stopped_by = signal; }
+
+extern "C" void leave_at_once(int signal) { ::_exit(128 + signal); }
+
+// Ctrl-C and SIGTERM; `flags` are those of sigaction.
+void on_stop_signals(void (*handler)(int), int flags) {
+  struct sigaction action{};
+  action.sa_handler = handler;
+  action.sa_flags = flags;
+  for (int signal : {SIGINT, SIGTERM}) ::sigaction(signal, &action, nullptr);
+}
 
 constexpr const char* help =
     "usage: edgeqdm-run [--package DIR] --out FILE [options]\n"
@@ -60,48 +73,50 @@ struct Arguments {
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(EDGEQDM_INPUT, message); }
 
-// A whole number in decimal digits; false where it is none. Too large a number is 2^64 - 1.
-bool parse_whole(const std::string& text, bool* negative, std::uint64_t* value) {
+struct Whole {
+  bool negative = false;
+  bool overflow = false;  // the magnitude is 2^64 or more, `value` means nothing
+  std::uint64_t value = 0;
+};
+
+// A whole number in decimal digits, if it is one.
+std::optional<Whole> parse_whole(const std::string& text) {
   const std::size_t sign = !text.empty() && (text[0] == '-' || text[0] == '+') ? 1 : 0;
-  if (text.size() == sign) return false;
-  std::uint64_t found = 0;
+  if (text.size() == sign) return std::nullopt;
+  Whole found;
   for (std::size_t k = sign; k < text.size(); ++k) {
-    if (text[k] < '0' || text[k] > '9') return false;
+    if (text[k] < '0' || text[k] > '9') return std::nullopt;
     const auto digit = static_cast<std::uint64_t>(text[k] - '0');
-    found = found > (UINT64_MAX - digit) / 10 ? UINT64_MAX : 10 * found + digit;
+    found.overflow = found.overflow || found.value > (UINT64_MAX - digit) / 10;
+    if (!found.overflow) found.value = 10 * found.value + digit;
   }
-  *negative = sign == 1 && text[0] == '-' && found != 0;
-  *value = found;
-  return true;
+  found.negative = text[0] == '-' && (found.overflow || found.value != 0);
+  return found;
 }
 
-void parse_integer(const char* option, const std::string& text, bool* negative,
-                   std::uint64_t* value) {
-  if (parse_whole(text, negative, value)) return;
+Whole parse_integer(const char* option, const std::string& text) {
+  if (const std::optional<Whole> found = parse_whole(text)) return *found;
   throw Error(usage_error, std::string("argument ") + option + ": invalid int value: '" +
                                printable(text) + "'");
 }
 
 std::uint64_t parse_seed(const std::string& text) {
-  bool negative = false;
-  std::uint64_t value = 0;
-  parse_integer("--seed", text, &negative, &value);
-  const bool too_large = value == UINT64_MAX && text.find("18446744073709551615") == text.npos;
-  if (negative || too_large) {
+  const Whole found = parse_integer("--seed", text);
+  if (found.negative || found.overflow) {
     refuse("seed must be in 0..2**64 - 1, but it is " + printable(text));
   }
-  return value;
+  return found.value;
 }
 
 std::uint32_t parse_count(const char* option, const std::string& text) {
-  bool negative = false;
-  std::uint64_t value = 0;
-  parse_integer(option, text, &negative, &value);
-  if (negative || value == 0) {
+  const Whole found = parse_integer(option, text);
+  if (found.negative || (found.value == 0 && !found.overflow)) {
     refuse(std::string(option) + " must be at least 1, got " + printable(text));
   }
-  if (value > INT32_MAX) refuse(std::string(option) + " is too large: " + printable(text));
-  return static_cast<std::uint32_t>(value);
+  if (found.overflow || found.value > INT32_MAX) {
+    refuse(std::string(option) + " is too large: " + printable(text));
+  }
+  return static_cast<std::uint32_t>(found.value);
 }
 
 // The value of `option`, from the same argument behind `=` or from the next one.
@@ -277,15 +292,16 @@ std::int64_t parse_label(const std::string& text, const std::vector<std::string>
   for (std::size_t k = names.size(); k > 0; --k) {
     if (lower(names[k - 1]) == lower(text)) return static_cast<std::int64_t>(k - 1);
   }
-  bool negative = false;
-  std::uint64_t value = 0;
-  if (!parse_whole(text, &negative, &value)) {
+  const std::optional<Whole> found = parse_whole(text);
+  if (!found) {
     std::string known;
     for (const std::string& name : names) known += ", " + name;
     refuse("unknown label in '" + all + "'; known: " + (known.empty() ? range : known.substr(2)));
   }
-  if (negative || value >= info.labels) refuse("label " + text + " is out of range " + range);
-  return static_cast<std::int64_t>(value);
+  if (found->negative || found->overflow || found->value >= info.labels) {
+    refuse("label " + text + " is out of range " + range);
+  }
+  return static_cast<std::int64_t>(found->value);
 }
 
 // One label per image; all labels once where none is asked for.
@@ -345,7 +361,33 @@ int on_step(std::uint32_t done, std::uint32_t steps, void* context) {
     std::fprintf(stderr, "\rstep %u/%u, %.0f s left ", done, steps, left);
     if (done == steps) std::fputc('\n', stderr);
   }
-  return interrupted;
+  return stopped_by;
+}
+
+edgeqdm::PixelShape pixels_of(const edgeqdm_info& info) {
+  return {info.pixel_channels, info.pixel_height, info.pixel_width};
+}
+
+// Before there is any work to lose.
+void check_outputs(const Arguments& arguments, const edgeqdm_info& info) {
+  edgeqdm::check_ending(info.pixel_channels, arguments.out);
+  const std::string out = edgeqdm::writable_target(arguments.out);
+  if (arguments.latents.empty() || edgeqdm::writable_target(arguments.latents) != out) return;
+  refuse("--out and --latents are the same file: " + printable(arguments.out));
+}
+
+void stop_if_asked() {
+  if (stopped_by != 0) throw Error(EDGEQDM_CANCELLED, "cancelled");
+}
+
+void write_results(const Session& session, const Arguments& arguments) {
+  // From here on no signal ends the program half-way through a file, leaving its beginning.
+  on_stop_signals(on_stop, 0);
+  stop_if_asked();
+  check(session, edgeqdm_write_image(session.get(), arguments.out.c_str(), arguments.columns));
+  if (arguments.latents.empty()) return;
+  stop_if_asked();
+  check(session, edgeqdm_write_latents(session.get(), arguments.latents.c_str()));
 }
 
 void draw(const Session& session, const Arguments& arguments) {
@@ -354,6 +396,7 @@ void draw(const Session& session, const Arguments& arguments) {
   std::vector<std::int64_t> labels;
   edgeqdm::Tensor embeddings;
   std::uint32_t n_images = arguments.has_count ? arguments.count : 1;
+  edgeqdm::check_sheet(pixels_of(info), n_images, arguments.columns);
   if (!arguments.embedding.empty()) {
     embeddings = read_embeddings(arguments.embedding, info);
     n_images = static_cast<std::uint32_t>(embeddings.shape[0]);
@@ -363,6 +406,8 @@ void draw(const Session& session, const Arguments& arguments) {
   } else if (arguments.has_label) {
     refuse("this model takes no label");
   }
+  edgeqdm::check_sheet(pixels_of(info), n_images, arguments.columns);
+  check_outputs(arguments, info);
   Progress progress{!arguments.quiet && ::isatty(STDERR_FILENO) != 0,
                     std::chrono::steady_clock::now()};
   check(session, edgeqdm_begin(session.get(), arguments.seed, 0, n_images,
@@ -370,10 +415,7 @@ void draw(const Session& session, const Arguments& arguments) {
                                embeddings.floats.empty() ? nullptr : embeddings.floats.data()));
   check(session, edgeqdm_sample(session.get(), on_step, &progress));
   const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - progress.started;
-  check(session, edgeqdm_write_image(session.get(), arguments.out.c_str(), arguments.columns));
-  if (!arguments.latents.empty()) {
-    check(session, edgeqdm_write_latents(session.get(), arguments.latents.c_str()));
-  }
+  write_results(session, arguments);
   if (!arguments.quiet) {
     std::printf("%s: %u images, seed %llu, %.2f s\n", arguments.out.c_str(), n_images,
                 static_cast<unsigned long long>(arguments.seed), spent.count());
@@ -390,19 +432,19 @@ void run(const Arguments& arguments, const char* program) {
   }
   const Session session = open_package(folder, arguments);
   if (arguments.self_test) {
+    // It writes nothing, and has no step at which to ask.
+    on_stop_signals(leave_at_once, 0);
+    stop_if_asked();
     report_self_test(session);
   } else {
     draw(session, arguments);
   }
 }
 
-// Ctrl-C once: a second one ends the program at once, should a step take long. A full disk and a
-// closed pipe are errors of the calls that meet them, not signals.
+// Asked to stop once: a second time ends the program at once, should a step take long. A full disk
+// and a closed pipe are errors of the calls that meet them, not signals.
 void set_signals() {
-  struct sigaction action{};
-  action.sa_handler = on_interrupt;
-  action.sa_flags = static_cast<int>(SA_RESETHAND);
-  ::sigaction(SIGINT, &action, nullptr);
+  on_stop_signals(on_stop, static_cast<int>(SA_RESETHAND));
   std::signal(SIGXFSZ, SIG_IGN);
   std::signal(SIGPIPE, SIG_IGN);
 }
@@ -415,6 +457,7 @@ int fail(int status, const char* message) {
 }  // namespace
 
 int main(int n, char** values) {
+  edgeqdm::reserve_standard_streams();
   set_signals();
   try {
     for (int k = 1; k < n; ++k) {
@@ -427,9 +470,11 @@ int main(int n, char** values) {
     }
     run(parse_arguments(n, values), values[0]);
   } catch (const Error& error) {
-    if (error.status() == EDGEQDM_CANCELLED) return EDGEQDM_CANCELLED;
+    if (error.status() == EDGEQDM_CANCELLED) return 128 + stopped_by;
     return fail(error.status(), printable(error.what()).c_str());
   } catch (const std::bad_alloc&) {
+    return fail(EDGEQDM_RESOURCE, "out of memory - draw fewer images at once");
+  } catch (const std::length_error&) {
     return fail(EDGEQDM_RESOURCE, "out of memory - draw fewer images at once");
   } catch (const std::exception& error) {
     return fail(EDGEQDM_INTERNAL, ("internal: " + printable(error.what())).c_str());

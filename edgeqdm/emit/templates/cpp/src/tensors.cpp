@@ -1,8 +1,10 @@
 #include "tensors.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "bytes.h"
 #include "error.h"
@@ -28,26 +30,58 @@ bool count_values(const std::vector<std::uint64_t>& shape, std::uint64_t limit,
   return n <= limit;
 }
 
-Tensor read_entry(const Json& entry, const unsigned char* data, std::uint64_t n_bytes) {
+// Where a safetensors file has the values of a tensor, in bytes from the end of its header.
+struct Entry {
+  std::string name;
+  std::vector<std::uint64_t> shape;
+  std::uint64_t width = 0;  // bytes of one value; 4 is F32, 8 is I64
+  std::uint64_t start = 0, stop = 0;
+};
+
+Entry parse_entry(const std::string& name, const Json& entry, std::uint64_t n_bytes) {
   const std::string& dtype = entry.field("dtype").string("dtype");
   if (dtype != "F32" && dtype != "I64") damaged("a tensor of " + printable(dtype));
-  const std::uint64_t width = dtype == "F32" ? 4 : 8;
-  Tensor tensor;
+  Entry found;
+  found.name = name;
+  found.width = dtype == "F32" ? 4 : 8;
   const Json& shape = entry.field("shape");
   if (shape.kind != Json::Kind::array || shape.items.size() > max_rank) damaged("a wrong shape");
-  for (const Json& size : shape.items) tensor.shape.push_back(size.natural("shape"));
+  for (const Json& size : shape.items) found.shape.push_back(size.natural("shape"));
   const Json& offsets = entry.field("data_offsets");
   if (offsets.items.size() != 2) damaged("wrong data_offsets");
-  const std::uint64_t start = offsets.items[0].natural("data_offsets");
-  const std::uint64_t stop = offsets.items[1].natural("data_offsets");
+  found.start = offsets.items[0].natural("data_offsets");
+  found.stop = offsets.items[1].natural("data_offsets");
   std::uint64_t count = 0;
-  if (start > stop || stop > n_bytes || !count_values(tensor.shape, n_bytes / width, &count) ||
-      count * width != stop - start) {
+  if (found.start > found.stop || found.stop > n_bytes ||
+      !count_values(found.shape, n_bytes / found.width, &count) ||
+      count * found.width != found.stop - found.start) {
     damaged("a tensor beyond the end of the file");
   }
-  for (std::uint64_t k = 0; k < count; ++k) {
-    const unsigned char* at = data + start + k * width;
-    if (width == 4) {
+  return found;
+}
+
+// As the format demands: no byte twice, or a small file would become many large tensors.
+void check_tiling(std::vector<Entry> entries, std::uint64_t n_bytes) {
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+    return std::make_pair(a.start, a.stop) < std::make_pair(b.start, b.stop);
+  });
+  std::uint64_t covered = 0;
+  for (const Entry& entry : entries) {
+    if (entry.start != covered) {
+      damaged(printable(entry.name) + (entry.start < covered ? " overlaps another tensor"
+                                                             : " leaves a hole before it"));
+    }
+    covered = entry.stop;
+  }
+  if (covered != n_bytes) damaged("bytes that belong to no tensor");
+}
+
+Tensor read_values(const Entry& entry, const unsigned char* data) {
+  Tensor tensor;
+  tensor.shape = entry.shape;
+  for (std::uint64_t place = entry.start; place < entry.stop; place += entry.width) {
+    const unsigned char* at = data + place;
+    if (entry.width == 4) {
       tensor.floats.push_back(read_f32_le(at));
     } else {
       std::int64_t value;
@@ -181,10 +215,15 @@ std::map<std::string, Tensor> parse_safetensors(const Bytes& data) {
   const auto n_header = static_cast<std::size_t>(header_size);
   const Json header = parse_json(data.data() + 8, n_header);
   if (header.kind != Json::Kind::object) damaged("the header is not an object");
-  std::map<std::string, Tensor> tensors;
+  const std::uint64_t n_bytes = data.size() - 8 - n_header;
+  std::vector<Entry> entries;
   for (const auto& [name, entry] : header.fields) {
-    if (name == "__metadata__") continue;
-    tensors[name] = read_entry(entry, data.data() + 8 + n_header, data.size() - 8 - n_header);
+    if (name != "__metadata__") entries.push_back(parse_entry(name, entry, n_bytes));
+  }
+  check_tiling(entries, n_bytes);
+  std::map<std::string, Tensor> tensors;
+  for (const Entry& entry : entries) {
+    tensors[entry.name] = read_values(entry, data.data() + 8 + n_header);
   }
   return tensors;
 }
