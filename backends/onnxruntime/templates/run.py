@@ -36,6 +36,8 @@ PACKAGE = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1
 EXIT_INPUT, EXIT_UNSUPPORTED, EXIT_NUMERICAL, EXIT_OUTPUT = 3, 4, 5, 7
 EXIT_VERIFY, EXIT_RESOURCE, EXIT_INTERNAL = 8, 9, 10
+MAX_THREADS = 256
+"""Where more cannot be started, ONNX Runtime waits for them for ever."""
 OLDEST_RUNTIME = (1, 23)
 """Of onnxruntime. 1.22 lacks a cast of 4-bit integers."""
 STEP_GRAPH = re.compile(r"model\.step([0-9]{1,9})\.onnx")
@@ -52,14 +54,23 @@ class RunError(Exception):
 def check_hashes(package: Path) -> list[str]:
     """Names of all files; RunError unless the manifest and each of them are there and unchanged."""
     try:
+        if (package / "manifest.json").is_symlink():
+            raise ValueError("not a path inside the package")
         data = (package / "manifest.json").read_bytes()
         manifest = json.loads(data.decode("utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not a JSON object")
         check_version(manifest["schema_version"])
         sealed = is_sealed(data, manifest["manifest_sha256"])
         files = manifest["files"]
         listed = {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(EXIT_VERIFY, f"manifest.json cannot be read: {error!r}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        reason = f"no field {reason}" if isinstance(error, KeyError) else reason
+        raise RunError(
+            EXIT_VERIFY,
+            f"manifest.json cannot be read: {reason}, in {package} - copy the package again",
+        ) from error
     bad = [] if sealed else ["manifest.json (changed)"]
     for name, (sha256, size) in sorted(listed.items()):
         path = package / name
@@ -263,8 +274,11 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     graphs = find_graphs(check_hashes(PACKAGE))
     player = playback.open_player(PACKAGE)
-    if arguments.threads < 1:
-        raise RunError(EXIT_INPUT, f"--threads must be at least 1, got {arguments.threads}")
+    if not 1 <= arguments.threads <= MAX_THREADS:
+        reason = f"--threads must be 1 to {MAX_THREADS}, got {arguments.threads}"
+        raise RunError(EXIT_INPUT, reason)
+    if arguments.columns < 1:
+        raise RunError(EXIT_INPUT, f"--columns must be at least 1, got {arguments.columns}")
     if arguments.count is not None and arguments.count < 1:
         raise RunError(EXIT_INPUT, f"--count must be at least 1, got {arguments.count}")
     if arguments.self_test:
@@ -320,7 +334,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_INPUT
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
         return EXIT_INPUT
     except MemoryError:
         print("error: out of memory - draw fewer images at once", file=sys.stderr)

@@ -285,6 +285,13 @@ std::vector<std::string> label_names(const Session& session, const edgeqdm_info&
   return names;
 }
 
+std::string trimmed(const std::string& text) {
+  const char* const blanks = " \t\n\r\f\v";
+  const std::size_t first = text.find_first_not_of(blanks);
+  if (first == std::string::npos) return "";
+  return text.substr(first, text.find_last_not_of(blanks) - first + 1);
+}
+
 std::int64_t parse_label(const std::string& text, const std::vector<std::string>& names,
                          const std::string& all, const edgeqdm_info& info) {
   const std::string range = "0.." + std::to_string(info.labels - 1);
@@ -317,7 +324,7 @@ std::vector<std::int64_t> parse_labels(const Session& session, const edgeqdm_inf
   const std::string& text = arguments.label;
   for (std::size_t start = 0; start <= text.size();) {
     const std::size_t comma = std::min(text.find(',', start), text.size());
-    labels.push_back(parse_label(text.substr(start, comma - start), names, text, info));
+    labels.push_back(parse_label(trimmed(text.substr(start, comma - start)), names, text, info));
     start = comma + 1;
   }
   if (labels.size() > 1 && arguments.has_count && arguments.count != labels.size()) {
