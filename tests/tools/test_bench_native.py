@@ -595,6 +595,20 @@ def test_a_second_run_is_refused_and_told_who_has_the_file(sanitized: Path, done
     assert results_of(done).read_bytes() == before
 
 
+def test_results_go_on_once_the_reference_that_was_named_is_deleted(
+    built: Path, done: Path
+) -> None:
+    lines = results_of(done).read_bytes().splitlines(keepends=True)
+    references = [line for line in lines[1:] if json.loads(line)["graph"] == "0000"]
+    kept = [line for line in lines if line not in references[:-1]]
+    results_of(done).write_bytes(b"".join(kept))
+    for _ in range(2):
+        found = bench_of(built, done, "--name", "this host")
+        assert found.exit_code == 0, found.errors
+    assert results_of(done).read_bytes().startswith(b"".join(kept))
+    assert is_sealed(read_results(done, results_of(done)))
+
+
 Lines = list[bytes]
 
 

@@ -257,12 +257,11 @@ class Bench:
         self.reference = next(n for n, g in self.graphs.items() if g["role"] == "reference")
         self.checked = -REFERENCE_EVERY_S
         self.rng = np.random.default_rng(0)
-        self.n_checks = sum(name == self.reference for name, _ in done)
 
     def run(self) -> None:
         names = [name for name in self.graphs if name != self.reference]
         total, finished = len(names) * (protocol.ROUNDS + 1), 0
-        checked = self.n_checks
+        checked = len(self.rounds(self.reference))
         for turn in range(protocol.ROUNDS + 1):
             random.Random(turn).shuffle(names)
             place = {name: k for k, name in enumerate(names)}
@@ -274,13 +273,16 @@ class Bench:
                 finished += 1
                 print(f"{finished}/{total}", flush=True)
         # Before and after, at least; a finished kit is left as it is.
-        if self.n_checks > checked or self.n_checks < 2:
+        n_checks = len(self.rounds(self.reference))
+        if n_checks > checked or n_checks < 2:
             self.checked = -REFERENCE_EVERY_S
             self.check_reference()
 
+    def rounds(self, name: str) -> list[int]:
+        return sorted(turn for graph, turn in self.done if graph == name)
+
     def samples_of(self, name: str) -> list[float]:
-        rounds = sorted(turn for graph, turn in self.done if graph == name)
-        return [value for turn in rounds for value in self.done[name, turn]]
+        return [value for turn in self.rounds(name) for value in self.done[name, turn]]
 
     def enough(self, name: str, turn: int) -> bool:
         # The last round is for graphs whose median is not known well enough.
@@ -299,8 +301,9 @@ class Bench:
             return
         evaluate = self.open(self.reference)
         evaluate()
-        self.keep(self.reference, self.n_checks, [self.timed(evaluate) for _ in range(5)])
-        self.n_checks += 1
+        # Behind the highest: a line may have been deleted.
+        turn = max(self.rounds(self.reference), default=-1) + 1
+        self.keep(self.reference, turn, [self.timed(evaluate) for _ in range(5)])
         self.checked = time.monotonic()
 
     def sample(self, name: str, turn: int) -> list[float]:

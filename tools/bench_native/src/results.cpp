@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <sstream>
 #include <thread>
 #include <vector>
@@ -225,19 +226,24 @@ void Results::read_line(const std::string& line, std::size_t number,
   }
 }
 
+std::pair<Results::Place, Results::Place> Results::rounds(const std::string& graph) const {
+  return {done_.lower_bound({graph, 0}), done_.upper_bound({graph, UINT64_MAX})};
+}
+
 std::uint64_t Results::count(const std::string& graph) const {
-  std::uint64_t n = 0;
-  for (auto each = done_.lower_bound({graph, 0}); each != done_.end(); ++each) {
-    if (each->first.first != graph) break;
-    ++n;
-  }
-  return n;
+  const auto [first, last] = rounds(graph);
+  return static_cast<std::uint64_t>(std::distance(first, last));
+}
+
+std::uint64_t Results::next_round(const std::string& graph) const {
+  const auto [first, last] = rounds(graph);
+  return first == last ? 0 : std::prev(last)->first.second + 1;
 }
 
 Samples Results::samples(const std::string& graph) const {
   Samples all;
-  for (auto each = done_.lower_bound({graph, 0}); each != done_.end(); ++each) {
-    if (each->first.first != graph) break;
+  const auto [first, last] = rounds(graph);
+  for (auto each = first; each != last; ++each) {
     all.insert(all.end(), each->second.begin(), each->second.end());
   }
   return all;
