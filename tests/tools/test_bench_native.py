@@ -626,6 +626,7 @@ Lines = list[bytes]
         (lambda x: [x[0][:-9], *x[1:]], "line 1: damaged, or of another tool; delete the file"),
         (lambda x: x[1:], "line 1: damaged, or of another tool; delete the file"),
         (lambda x: [b"", *x], "line 1: damaged, or of another tool; delete the file"),
+        (lambda x: [b""], "line 1: damaged, or of another tool; delete the file"),
         (lambda x: [b"my notes"], "line 1: damaged, or of another tool"),
         (lambda x: [x[0].replace(b"thread_cpu", b"wall"), *x[1:]], "line 1: another clock"),
         (lambda x: [x[0].replace(b":0.01,", b":-1,"), *x[1:]], "line 1: ci_target is out of range"),
@@ -646,14 +647,45 @@ def test_damaged_or_foreign_results_are_told_with_what_to_do(
 def test_a_file_of_something_else_is_left_as_it_was(
     sanitized: Path, kit: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "notes").write_text("my notes")
-    found = bench_of(sanitized, kit, "--out", tmp_path / "notes")
-    refused(found, 3, "notes: no results of this tool; name another file with --out")
-    assert (tmp_path / "notes").read_text() == "my notes"
+    torn = '{"schema_version":1,"kit_sha256":"x'
+    for text in ("my notes", '{"schema_version":1,"precious":true}', torn, "{ "):
+        (tmp_path / "notes").write_text(text)
+        found = bench_of(sanitized, kit, "--out", tmp_path / "notes")
+        refused(found, 3, "notes: holds no results to go on with; name another file with --out")
+        assert (tmp_path / "notes").read_text() == text
     os.mkfifo(tmp_path / "fifo")
     refused(bench_of(sanitized, kit, "--out", tmp_path / "fifo"), 3, "not a regular file")
     refused(bench_of(sanitized, kit, "--out", tmp_path / "no" / "x"), 7, "cannot be written")
     refused(bench_of(sanitized, kit, "--out", tmp_path), 7, "cannot be written")
+
+
+def test_readings_are_not_added_to_a_file_of_something_else(
+    sanitized: Path, fresh: Path, tmp_path: Path
+) -> None:
+    readings, notes = fresh / "environment-1.jsonl", tmp_path / "notes"
+    notes.write_text("{}\n")
+    readings.symlink_to(notes)
+    refused(bench_of(sanitized, fresh), 3, "environment-1.jsonl: a symbolic link; delete it or")
+    assert notes.read_text() == "{}\n"
+    readings.unlink()
+    readings.write_text("my notes\n")
+    refused(bench_of(sanitized, fresh), 3, "environment-1.jsonl: holds no readings of this tool")
+    assert readings.read_text() == "my notes\n"
+
+
+def test_readings_are_added_to_without_reading_what_is_there(built: Path, fresh: Path) -> None:
+    def little_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+
+    readings = fresh / "environment-1.jsonl"
+    with readings.open("wb") as file:
+        file.write(b"{")
+        file.truncate(2**33)
+    found = bench_of(built, fresh, limits=little_memory)
+    assert found.exit_code == 0, found.errors
+    with readings.open("rb") as file:
+        file.seek(2**33)
+        assert file.read().startswith(b'\n{"at":')
 
 
 def test_a_full_disk_is_told_and_what_was_written_is_gone_on_with(built: Path, fresh: Path) -> None:

@@ -38,8 +38,9 @@ REFERENCE_EVERY_S = 30.0
 LOCK_SECONDS = 5.0
 """Longer than a run takes to end whose owner was killed."""
 REFUSED = 3
-MARK = len(b'{"schema_version":')
-"""Bytes that every header begins with."""
+MAX_THREADS = 256
+TIME_MARK = b'"created":"'
+"""Behind it stands when the results were begun, which a torn header tells differently."""
 
 
 class RefusedError(Exception):
@@ -162,12 +163,12 @@ def holder(file: FileIO) -> str:
 def resume(file: FileIO, out: Path, header: dict[str, Any], graphs: list[str]) -> Samples:
     """The samples that are there; the header becomes that of the file, or is written to it."""
     file.seek(0)
-    whole, _, torn = file.readall().rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
+    whole, newline, torn = file.readall().rpartition(b"\n")
+    lines = whole.split(b"\n") if newline else []
     if lines:
         check_header(parsed(lines[0]), out, header)
-    elif not torn.startswith(line(header)[:MARK]) and not line(header).startswith(torn):
-        raise RefusedError(f"{out}: no results of this tool; name another file with --out")
+    elif not is_torn_header(torn, header):
+        raise RefusedError(f"{out}: holds no results to go on with; name another file with --out")
     done: Samples = {}
     for number, entry in enumerate(lines[1:], start=2):
         graph, turn, us = checked_samples(parsed(entry), f"{out}, line {number}", graphs)
@@ -183,6 +184,19 @@ def resume(file: FileIO, out: Path, header: dict[str, Any], graphs: list[str]) -
     if not lines:
         append(file, line(header))
     return done
+
+
+def is_torn_header(torn: bytes, header: dict[str, Any]) -> bool:
+    """Whether a killed run may have left this of the header, written at another time."""
+    own = line(header)
+    start = own.index(TIME_MARK) + len(TIME_MARK)
+    time_told = slice(start, start + len(header["created"]))
+    digits = bytes.maketrans(b"123456789", b"000000000")
+
+    def shape(data: bytes) -> bytes:
+        return data[:start] + data[time_told].translate(digits) + data[time_told.stop :]
+
+    return shape(own).startswith(shape(torn))
 
 
 def parsed(entry: bytes) -> Any:

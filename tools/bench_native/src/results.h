@@ -59,7 +59,8 @@ class Results {
   std::map<Turn, Samples> done_;
 };
 
-// Adds lines to a file that nobody goes on with. Throws Error, OUTPUT.
+// Adds a line to a file of such lines that nobody goes on with. Throws Error: INPUT for a file of
+// something else, OUTPUT for one that cannot be written.
 void append_line(const std::string& path, const std::string& line);
 
 }  // namespace edgeqdm::bench
