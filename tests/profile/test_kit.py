@@ -718,6 +718,13 @@ def test_a_file_of_something_else_is_left_as_it_was(
     assert out.read_bytes() == text
 
 
+def test_more_threads_than_any_device_has_are_refused(small: Path) -> None:
+    command = [sys.executable, str(small / "bench.py"), "--threads", "257"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --threads is 1 to 256, found 257\n")
+
+
 class Full:
     """A file that takes a few bytes at a time, and no more than fit."""
 

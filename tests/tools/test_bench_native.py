@@ -497,6 +497,8 @@ def test_it_runs_on_the_cpus_that_were_asked_for(built: Path, done: Path) -> Non
         (("--threads", "0"), 2, "--threads: expected a number from 1 on, found '0'"),
         (("--threads", "-1"), 2, "found '-1'"),
         (("--threads", "x\n"), 2, "found 'x\\x0a'"),
+        (("--threads", "257"), 3, "--threads: found 257, at most 256; give fewer"),
+        (("--threads", "9" * 40), 3, "at most 256; give fewer"),
         (("--threads",), 2, "argument --threads: expected one argument"),
         (("--seconds", "nan"), 2, "--seconds: expected seconds above 0, found 'nan'"),
         (("--seconds", "0"), 2, "expected seconds above 0"),

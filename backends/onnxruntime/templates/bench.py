@@ -89,8 +89,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--emulator", action="store_true", help="say that this is no real device")
     parser.add_argument("--out", default="")
     found = parser.parse_args()
-    if found.threads < 1 or found.seconds <= 0 or found.max_seconds < found.seconds:
-        parser.error("--threads is 1 or more, --max-seconds at least --seconds")
+    if not 1 <= found.threads <= MAX_THREADS:
+        parser.error(f"--threads is 1 to {MAX_THREADS}, found {found.threads}")
+    if found.seconds <= 0 or found.max_seconds < found.seconds:
+        parser.error("--seconds is above 0, --max-seconds at least --seconds")
     return found
 
 
