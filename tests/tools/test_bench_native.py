@@ -611,6 +611,20 @@ def test_results_go_on_once_the_reference_that_was_named_is_deleted(
     assert is_sealed(read_results(done, results_of(done)))
 
 
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_nothing_that_is_printed_goes_into_the_results(
+    built: Path, done: Path, closed: tuple[int, ...]
+) -> None:
+    def close() -> None:
+        for stream in closed:
+            os.close(stream)
+
+    before = results_of(done).read_bytes()
+    found = bench_of(built, done, "--name", "this host", limits=close)
+    assert found.exit_code == 0, found.errors
+    assert results_of(done).read_bytes() == before
+
+
 Lines = list[bytes]
 
 
