@@ -31,8 +31,11 @@ from edgeqdm import __version__
 from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
 from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
+from edgeqdm.emit.integrity import seal_manifest
 from edgeqdm.emit.package import emit_package
+from edgeqdm.ir.codec import read_record
 from edgeqdm.ir.model import LayerKind
+from edgeqdm.ir.package import Artifact, Manifest
 from edgeqdm.ir.plan import DeploymentPlan, Phase
 from edgeqdm.ir.precision import FP32, W8A8
 from edgeqdm.ir.profile import BoundaryKind, Flag, LatencyProfile, Timing, is_sealed
@@ -937,6 +940,50 @@ def test_a_damaged_package_is_not_timed(sanitized: Path, package: Path, tmp_path
     refused(
         found, 8, f"{damaged}: package is damaged: model.onnx (changed); copy the package again"
     )
+
+
+def replace_file(package: Path, name: str, data: bytes) -> None:
+    """Another content, with a manifest that fits it."""
+    (package / name).write_bytes(data)
+    manifest = read_record(package / "manifest.json", Manifest)
+    artifact = Artifact(sha256=hashlib.sha256(data).hexdigest(), size=len(data), role="model")
+    files = {**manifest.files, name: artifact}
+    sealed = seal_manifest(manifest.model_copy(update={"files": files}))
+    (package / "manifest.json").write_bytes(sealed)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("conditioning.safetensors", b"no", "/conditioning.safetensors: cut off"),
+        ("plan.json", b"{", "/plan.json: "),
+        ("schedule.bin", b"no", "/schedule.bin: "),
+        ("model.onnx", b"no", ": onnxruntime "),
+    ],
+)
+def test_a_file_of_a_package_that_makes_no_sense_is_named(
+    sanitized: Path, package: Path, tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    changed = Path(shutil.copytree(package, tmp_path / "package"))
+    replace_file(changed, name, data)
+    refused(bench_of(sanitized, changed, "--package"), 8, f"{changed}{message}")
+
+
+def test_a_package_that_is_not_there_is_named(sanitized: Path, tmp_path: Path) -> None:
+    found = bench_of(sanitized, tmp_path / "no", "--package")
+    refused(found, 3, f"{tmp_path}/no: No such file or directory; name the folder of a package")
+
+
+@pytest.mark.parametrize("place", ["no/x.json", "folder", "x" * 300])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(
+    sanitized: Path, package: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    limits = ("--seconds", "900", "--max-seconds", "900")
+    out = tmp_path / place
+    found = bench_of(sanitized, package, "--package", *limits, "--out", out)
+    refused(found, 7, f"{out}: cannot be written (")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 # Against bench.py.
