@@ -167,6 +167,7 @@ def kit(
     \b
     edgeqdm profile kit reference:unet-fmnist -o kit
     python kit/bench.py                              on the device, then copy results-1.jsonl back
+    edgeqdm-bench kit                                the same where there is no Python
     """
     output = Output(as_json, quiet, verbose)
     with output.working() as progress:
@@ -201,15 +202,14 @@ def kit(
             progress=progress,
         )
     value = {"kit": str(out), "graphs": len(found.graphs), "target": found.target}
-    output.result(
-        value, f"{out}: {len(found.graphs)} graphs for {found.target}; run {out}/bench.py there"
-    )
+    told = f"{out}: {len(found.graphs)} graphs for {found.target}"
+    output.result(value, f"{told}; run {out}/bench.py or edgeqdm-bench there")
 
 
 @app.command("import")
 def import_(
     results: Annotated[
-        Path, typer.Argument(metavar="RESULTS", help="What bench.py wrote on the device.")
+        Path, typer.Argument(metavar="RESULTS", help="What bench.py or edgeqdm-bench wrote.")
     ],
     kit: Annotated[Path, typer.Option(metavar="DIR", help="The kit it ran.")],
     out: OutProfile,

@@ -281,7 +281,7 @@ def test_results_cut_off_are_refused_and_say_how_to_go_on(
     cut.write_bytes(folder.results.read_bytes()[:-7])
     code, line = refusal("profile", "import", cut, "--kit", folder.measured, "-o", out)
     assert (code, line[:15]) == (3, "error[EQ-3503]:")
-    assert "bench.py" in line
+    assert "run bench.py or edgeqdm-bench again" in line
 
 
 @pytest.mark.parametrize("what", ["results", "kit"])

@@ -51,6 +51,9 @@ from edgeqdm.quantize.modules import StepClock, coded_layer
 from edgeqdm.quantize.parameters import Variant
 
 KIT = "kit.json"
+TOOLS = "bench.py or edgeqdm-bench"
+"""What writes results; each goes on with its own."""
+GO_ON = f"run {TOOLS} again as before: it goes on where it stopped"
 Progress = Callable[[int, int], None]
 Precisions = Mapping[str, Precision]
 """By layer; layers that are absent stay in fp32."""
@@ -364,10 +367,10 @@ def _read_lines(results: Path) -> list[bytes]:
             "EQ-3503",
             f"line {len(lines) + 1} is cut off, at byte {len(data)}",
             path=results,
-            hint="run bench.py of the kit again: it goes on where it stopped",
+            hint=GO_ON,
         )
     if not lines:
-        raise InputError("EQ-3503", "empty file", path=results, hint="run bench.py of the kit")
+        raise InputError("EQ-3503", "empty file", path=results, hint=f"time the kit with {TOOLS}")
     return lines
 
 
@@ -382,7 +385,7 @@ def _read_samples(lines: Sequence[bytes], manifest: KitManifest, results: Path) 
         if entry.graph not in known or (entry.graph, entry.round) in seen:
             what = "is there twice" if entry.graph in known else "is not in the kit"
             message = f"line {number}: graph {entry.graph}, round {entry.round}, {what}"
-            hint = "delete the line and run bench.py of the kit again"
+            hint = f"delete the line and run {TOOLS} again"
             raise InputError("EQ-3504", message, path=results, hint=hint)
         seen[entry.graph, entry.round] = entry.us
     rounds: Rounds = defaultdict(list)
@@ -394,7 +397,7 @@ def _read_samples(lines: Sequence[bytes], manifest: KitManifest, results: Path) 
             "EQ-3505",
             f"{len(unfinished)} of {len(known)} graphs are not finished, {unfinished[0]} first",
             path=results,
-            hint="run bench.py of the kit again: it goes on where it stopped",
+            hint=GO_ON,
         )
     return rounds
 

@@ -643,6 +643,7 @@ Lines = list[bytes]
         (lambda x: [*x[:4], x[0], *x[4:]], 5, "a second header; delete the file and run again"),
         (lambda x: [x[0][:-9], *x[1:]], 1, "damaged, or of another tool; delete the file and run"),
         (lambda x: x[1:], 1, "damaged, or of another tool; delete the file and run again"),
+        (lambda x: [b""], 1, "damaged, or of another tool; delete the file and run again"),
     ],
 )
 def test_damaged_results_are_told_by_line_with_what_to_do(
@@ -665,7 +666,45 @@ def test_results_go_on_once_the_line_that_was_named_is_deleted(small: Path) -> N
     assert len(run_kit(small, seconds=SECONDS).entries) == 1
 
 
-@pytest.mark.parametrize("text", [b"my notes", b"my notes\nof a day\n", b"{}\n{"])
+def test_results_go_on_once_the_reference_that_was_named_is_deleted(small: Path) -> None:
+    header, *lines = lines_of(small)
+    references = [line for line in lines if line["graph"] == "0000"]
+    store(small, [header, *(line for line in lines if line not in references[:-1])])
+    for _ in range(2):
+        assert len(run_kit(small, seconds=SECONDS).entries) == 1
+
+
+OWN_HEADER = {
+    "schema_version": 1,
+    "kit_sha256": "0" * 64,
+    "created": "2026-11-01T12:00:00Z",
+    "threads": 1,
+}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20, 110, 121, 130, 140])
+def test_a_torn_header_of_another_time_is_written_anew(
+    bench: ModuleType, cut: int, tmp_path: Path
+) -> None:
+    earlier = bench.line(OWN_HEADER | {"created": "2025-12-31T23:59:59Z"})
+    out = tmp_path / "results"
+    out.write_bytes(earlier[:cut].rstrip())
+    with out.open("a+b", buffering=0) as file:
+        assert bench.resume(file, out, OWN_HEADER, []) == {}
+    assert out.read_bytes() == bench.line(OWN_HEADER)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"my notes",
+        b"my notes\nof a day\n",
+        b"{}\n{",
+        b'{"schema_version":1,"precious":true}',
+        b'{"schema_version":1,"kit_sha256":"00x',
+        b'{"schema_version":2',
+    ],
+)
 def test_a_file_of_something_else_is_left_as_it_was(
     bench: ModuleType, text: bytes, tmp_path: Path
 ) -> None:
@@ -675,8 +714,15 @@ def test_a_file_of_something_else_is_left_as_it_was(
         out.open("a+b", buffering=0) as file,
         pytest.raises(bench.RefusedError, match=r"notes\.txt.*another"),
     ):
-        bench.resume(file, out, {"schema_version": 1}, [])
+        bench.resume(file, out, OWN_HEADER, [])
     assert out.read_bytes() == text
+
+
+def test_more_threads_than_any_device_has_are_refused(small: Path) -> None:
+    command = [sys.executable, str(small / "bench.py"), "--threads", "257"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --threads is 1 to 256, found 257\n")
 
 
 class Full:

@@ -31,8 +31,11 @@ from edgeqdm import __version__
 from edgeqdm.backends.onnxruntime.backend import OnnxRuntimeBackend
 from edgeqdm.calibrate.observe import observe
 from edgeqdm.calibrate.trajectories import collect_trajectories
+from edgeqdm.emit.integrity import seal_manifest
 from edgeqdm.emit.package import emit_package
+from edgeqdm.ir.codec import read_record
 from edgeqdm.ir.model import LayerKind
+from edgeqdm.ir.package import Artifact, Manifest
 from edgeqdm.ir.plan import DeploymentPlan, Phase
 from edgeqdm.ir.precision import FP32, W8A8
 from edgeqdm.ir.profile import BoundaryKind, Flag, LatencyProfile, Timing, is_sealed
@@ -497,6 +500,8 @@ def test_it_runs_on_the_cpus_that_were_asked_for(built: Path, done: Path) -> Non
         (("--threads", "0"), 2, "--threads: expected a number from 1 on, found '0'"),
         (("--threads", "-1"), 2, "found '-1'"),
         (("--threads", "x\n"), 2, "found 'x\\x0a'"),
+        (("--threads", "257"), 3, "--threads: found 257, at most 256; give fewer"),
+        (("--threads", "9" * 40), 3, "at most 256; give fewer"),
         (("--threads",), 2, "argument --threads: expected one argument"),
         (("--seconds", "nan"), 2, "--seconds: expected seconds above 0, found 'nan'"),
         (("--seconds", "0"), 2, "expected seconds above 0"),
@@ -595,6 +600,34 @@ def test_a_second_run_is_refused_and_told_who_has_the_file(sanitized: Path, done
     assert results_of(done).read_bytes() == before
 
 
+def test_results_go_on_once_the_reference_that_was_named_is_deleted(
+    built: Path, done: Path
+) -> None:
+    lines = results_of(done).read_bytes().splitlines(keepends=True)
+    references = [line for line in lines[1:] if json.loads(line)["graph"] == "0000"]
+    kept = [line for line in lines if line not in references[:-1]]
+    results_of(done).write_bytes(b"".join(kept))
+    for _ in range(2):
+        found = bench_of(built, done, "--name", "this host")
+        assert found.exit_code == 0, found.errors
+    assert results_of(done).read_bytes().startswith(b"".join(kept))
+    assert is_sealed(read_results(done, results_of(done)))
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_nothing_that_is_printed_goes_into_the_results(
+    built: Path, done: Path, closed: tuple[int, ...]
+) -> None:
+    def close() -> None:
+        for stream in closed:
+            os.close(stream)
+
+    before = results_of(done).read_bytes()
+    found = bench_of(built, done, "--name", "this host", limits=close)
+    assert found.exit_code == 0, found.errors
+    assert results_of(done).read_bytes() == before
+
+
 Lines = list[bytes]
 
 
@@ -612,6 +645,7 @@ Lines = list[bytes]
         (lambda x: [x[0][:-9], *x[1:]], "line 1: damaged, or of another tool; delete the file"),
         (lambda x: x[1:], "line 1: damaged, or of another tool; delete the file"),
         (lambda x: [b"", *x], "line 1: damaged, or of another tool; delete the file"),
+        (lambda x: [b""], "line 1: damaged, or of another tool; delete the file"),
         (lambda x: [b"my notes"], "line 1: damaged, or of another tool"),
         (lambda x: [x[0].replace(b"thread_cpu", b"wall"), *x[1:]], "line 1: another clock"),
         (lambda x: [x[0].replace(b":0.01,", b":-1,"), *x[1:]], "line 1: ci_target is out of range"),
@@ -632,14 +666,45 @@ def test_damaged_or_foreign_results_are_told_with_what_to_do(
 def test_a_file_of_something_else_is_left_as_it_was(
     sanitized: Path, kit: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "notes").write_text("my notes")
-    found = bench_of(sanitized, kit, "--out", tmp_path / "notes")
-    refused(found, 3, "notes: no results of this tool; name another file with --out")
-    assert (tmp_path / "notes").read_text() == "my notes"
+    torn = '{"schema_version":1,"kit_sha256":"x'
+    for text in ("my notes", '{"schema_version":1,"precious":true}', torn, "{ "):
+        (tmp_path / "notes").write_text(text)
+        found = bench_of(sanitized, kit, "--out", tmp_path / "notes")
+        refused(found, 3, "notes: holds no results to go on with; name another file with --out")
+        assert (tmp_path / "notes").read_text() == text
     os.mkfifo(tmp_path / "fifo")
     refused(bench_of(sanitized, kit, "--out", tmp_path / "fifo"), 3, "not a regular file")
     refused(bench_of(sanitized, kit, "--out", tmp_path / "no" / "x"), 7, "cannot be written")
     refused(bench_of(sanitized, kit, "--out", tmp_path), 7, "cannot be written")
+
+
+def test_readings_are_not_added_to_a_file_of_something_else(
+    sanitized: Path, fresh: Path, tmp_path: Path
+) -> None:
+    readings, notes = fresh / "environment-1.jsonl", tmp_path / "notes"
+    notes.write_text("{}\n")
+    readings.symlink_to(notes)
+    refused(bench_of(sanitized, fresh), 3, "environment-1.jsonl: a symbolic link; delete it or")
+    assert notes.read_text() == "{}\n"
+    readings.unlink()
+    readings.write_text("my notes\n")
+    refused(bench_of(sanitized, fresh), 3, "environment-1.jsonl: holds no readings of this tool")
+    assert readings.read_text() == "my notes\n"
+
+
+def test_readings_are_added_to_without_reading_what_is_there(built: Path, fresh: Path) -> None:
+    def little_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+
+    readings = fresh / "environment-1.jsonl"
+    with readings.open("wb") as file:
+        file.write(b"{")
+        file.truncate(2**33)
+    found = bench_of(built, fresh, limits=little_memory)
+    assert found.exit_code == 0, found.errors
+    with readings.open("rb") as file:
+        file.seek(2**33)
+        assert file.read().startswith(b'\n{"at":')
 
 
 def test_a_full_disk_is_told_and_what_was_written_is_gone_on_with(built: Path, fresh: Path) -> None:
@@ -875,6 +940,50 @@ def test_a_damaged_package_is_not_timed(sanitized: Path, package: Path, tmp_path
     refused(
         found, 8, f"{damaged}: package is damaged: model.onnx (changed); copy the package again"
     )
+
+
+def replace_file(package: Path, name: str, data: bytes) -> None:
+    """Another content, with a manifest that fits it."""
+    (package / name).write_bytes(data)
+    manifest = read_record(package / "manifest.json", Manifest)
+    artifact = Artifact(sha256=hashlib.sha256(data).hexdigest(), size=len(data), role="model")
+    files = {**manifest.files, name: artifact}
+    sealed = seal_manifest(manifest.model_copy(update={"files": files}))
+    (package / "manifest.json").write_bytes(sealed)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("conditioning.safetensors", b"no", "/conditioning.safetensors: cut off"),
+        ("plan.json", b"{", "/plan.json: "),
+        ("schedule.bin", b"no", "/schedule.bin: "),
+        ("model.onnx", b"no", ": onnxruntime "),
+    ],
+)
+def test_a_file_of_a_package_that_makes_no_sense_is_named(
+    sanitized: Path, package: Path, tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    changed = Path(shutil.copytree(package, tmp_path / "package"))
+    replace_file(changed, name, data)
+    refused(bench_of(sanitized, changed, "--package"), 8, f"{changed}{message}")
+
+
+def test_a_package_that_is_not_there_is_named(sanitized: Path, tmp_path: Path) -> None:
+    found = bench_of(sanitized, tmp_path / "no", "--package")
+    refused(found, 3, f"{tmp_path}/no: No such file or directory; name the folder of a package")
+
+
+@pytest.mark.parametrize("place", ["no/x.json", "folder", "x" * 300])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(
+    sanitized: Path, package: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    limits = ("--seconds", "900", "--max-seconds", "900")
+    out = tmp_path / place
+    found = bench_of(sanitized, package, "--package", *limits, "--out", out)
+    refused(found, 7, f"{out}: cannot be written (")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 # Against bench.py.

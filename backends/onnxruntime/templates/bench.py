@@ -38,8 +38,9 @@ REFERENCE_EVERY_S = 30.0
 LOCK_SECONDS = 5.0
 """Longer than a run takes to end whose owner was killed."""
 REFUSED = 3
-MARK = len(b'{"schema_version":')
-"""Bytes that every header begins with."""
+MAX_THREADS = 256
+TIME_MARK = b'"created":"'
+"""Behind it stands when the results were begun, which a torn header tells differently."""
 
 
 class RefusedError(Exception):
@@ -88,8 +89,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--emulator", action="store_true", help="say that this is no real device")
     parser.add_argument("--out", default="")
     found = parser.parse_args()
-    if found.threads < 1 or found.seconds <= 0 or found.max_seconds < found.seconds:
-        parser.error("--threads is 1 or more, --max-seconds at least --seconds")
+    if not 1 <= found.threads <= MAX_THREADS:
+        parser.error(f"--threads is 1 to {MAX_THREADS}, found {found.threads}")
+    if found.seconds <= 0 or found.max_seconds < found.seconds:
+        parser.error("--seconds is above 0, --max-seconds at least --seconds")
     return found
 
 
@@ -162,12 +165,12 @@ def holder(file: FileIO) -> str:
 def resume(file: FileIO, out: Path, header: dict[str, Any], graphs: list[str]) -> Samples:
     """The samples that are there; the header becomes that of the file, or is written to it."""
     file.seek(0)
-    whole, _, torn = file.readall().rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
+    whole, newline, torn = file.readall().rpartition(b"\n")
+    lines = whole.split(b"\n") if newline else []
     if lines:
         check_header(parsed(lines[0]), out, header)
-    elif not torn.startswith(line(header)[:MARK]) and not line(header).startswith(torn):
-        raise RefusedError(f"{out}: no results of this tool; name another file with --out")
+    elif not is_torn_header(torn, header):
+        raise RefusedError(f"{out}: holds no results to go on with; name another file with --out")
     done: Samples = {}
     for number, entry in enumerate(lines[1:], start=2):
         graph, turn, us = checked_samples(parsed(entry), f"{out}, line {number}", graphs)
@@ -183,6 +186,19 @@ def resume(file: FileIO, out: Path, header: dict[str, Any], graphs: list[str]) -
     if not lines:
         append(file, line(header))
     return done
+
+
+def is_torn_header(torn: bytes, header: dict[str, Any]) -> bool:
+    """Whether a killed run may have left this of the header, written at another time."""
+    own = line(header)
+    start = own.index(TIME_MARK) + len(TIME_MARK)
+    time_told = slice(start, start + len(header["created"]))
+    digits = bytes.maketrans(b"123456789", b"000000000")
+
+    def shape(data: bytes) -> bytes:
+        return data[:start] + data[time_told].translate(digits) + data[time_told.stop :]
+
+    return shape(own).startswith(shape(torn))
 
 
 def parsed(entry: bytes) -> Any:
@@ -257,12 +273,11 @@ class Bench:
         self.reference = next(n for n, g in self.graphs.items() if g["role"] == "reference")
         self.checked = -REFERENCE_EVERY_S
         self.rng = np.random.default_rng(0)
-        self.n_checks = sum(name == self.reference for name, _ in done)
 
     def run(self) -> None:
         names = [name for name in self.graphs if name != self.reference]
         total, finished = len(names) * (protocol.ROUNDS + 1), 0
-        checked = self.n_checks
+        checked = len(self.rounds(self.reference))
         for turn in range(protocol.ROUNDS + 1):
             random.Random(turn).shuffle(names)
             place = {name: k for k, name in enumerate(names)}
@@ -274,13 +289,16 @@ class Bench:
                 finished += 1
                 print(f"{finished}/{total}", flush=True)
         # Before and after, at least; a finished kit is left as it is.
-        if self.n_checks > checked or self.n_checks < 2:
+        n_checks = len(self.rounds(self.reference))
+        if n_checks > checked or n_checks < 2:
             self.checked = -REFERENCE_EVERY_S
             self.check_reference()
 
+    def rounds(self, name: str) -> list[int]:
+        return sorted(turn for graph, turn in self.done if graph == name)
+
     def samples_of(self, name: str) -> list[float]:
-        rounds = sorted(turn for graph, turn in self.done if graph == name)
-        return [value for turn in rounds for value in self.done[name, turn]]
+        return [value for turn in self.rounds(name) for value in self.done[name, turn]]
 
     def enough(self, name: str, turn: int) -> bool:
         # The last round is for graphs whose median is not known well enough.
@@ -299,8 +317,9 @@ class Bench:
             return
         evaluate = self.open(self.reference)
         evaluate()
-        self.keep(self.reference, self.n_checks, [self.timed(evaluate) for _ in range(5)])
-        self.n_checks += 1
+        # Behind the highest: a line may have been deleted.
+        turn = max(self.rounds(self.reference), default=-1) + 1
+        self.keep(self.reference, turn, [self.timed(evaluate) for _ in range(5)])
         self.checked = time.monotonic()
 
     def sample(self, name: str, turn: int) -> list[float]:

@@ -21,8 +21,7 @@ Samples joined(const Samples& first, const Samples& second) {
 }  // namespace
 
 Bench::Bench(const Kit& kit, const Limits& limits, Results& results, Device& device)
-    : kit_(kit), limits_(limits), results_(results), device_(device),
-      checked_(-INFINITY), n_checks_(results.count(kit.reference)) {
+    : kit_(kit), limits_(limits), results_(results), device_(device), checked_(-INFINITY) {
   std::map<Layers, std::string> alone;
   for (const Graph& graph : kit.graphs) {
     if (graph.role == "phase" && !graph.among) alone[graph.layers] = graph.name;
@@ -38,7 +37,7 @@ void Bench::run() {
     if (graph.name != kit_.reference) names.push_back(graph.name);
   }
   const std::size_t total = names.size() * (n_rounds + 1);
-  const std::uint64_t before = n_checks_;
+  const std::uint64_t before = results_.count(kit_.reference);
   std::size_t done = 0;
   for (std::uint64_t turn = 0; turn <= n_rounds; ++turn) {
     sort(names, turn);
@@ -52,7 +51,8 @@ void Bench::run() {
     }
   }
   // Before and after, at least; a finished kit is left as it is.
-  if (n_checks_ > before || n_checks_ < 2) {
+  const std::uint64_t n_checks = results_.count(kit_.reference);
+  if (n_checks > before || n_checks < 2) {
     checked_ = -INFINITY;
     check_reference();
   }
@@ -86,8 +86,7 @@ void Bench::check_reference() {
   const std::unique_ptr<Evaluation> evaluation = device_.open(kit_.graph(kit_.reference));
   evaluation->run();
   const Samples us = block(*evaluation);
-  results_.keep(kit_.reference, n_checks_, us);
-  ++n_checks_;
+  results_.keep(kit_.reference, results_.next_round(kit_.reference), us);
   device_.checked(median(us));
   checked_ = device_.now();
 }

@@ -67,7 +67,6 @@ class Bench {
   // Next to each other: what tells them apart is little beside what minutes change.
   std::map<std::string, std::string> beside_;
   double checked_;
-  std::uint64_t n_checks_;
 };
 
 }  // namespace edgeqdm::bench

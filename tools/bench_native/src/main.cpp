@@ -1,7 +1,12 @@
 // edgeqdm-bench: times the graphs of a kit, or a package, on this device.
-#include <chrono>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <set>
 #include <stdexcept>
@@ -175,7 +180,25 @@ void run_kit(const bench::Options& options, const bench::Cpus& cpus) {
   say(out + ": done");
 }
 
+// Throws before anything is timed: afterwards the figures would be lost. Only a file that is made
+// there shows that one can be.
+void check_writable(const std::string& path) {
+  const auto fail = [&path](int reason) {
+    throw Error(EDGEQDM_OUTPUT, path + ": cannot be written (" + std::strerror(reason) +
+                                    "); name another file with --out");
+  };
+  struct stat found;
+  if (::stat(path.c_str(), &found) == 0 && S_ISDIR(found.st_mode)) fail(EISDIR);
+  const std::size_t name = path.rfind('/') + 1;
+  std::string trial = path.substr(0, name) + "." + path.substr(name) + ".XXXXXX";
+  const int file = ::mkstemp(trial.data());
+  if (file < 0) fail(errno);
+  ::close(file);
+  ::unlink(trial.c_str());
+}
+
 void run_package(const bench::Options& options, const bench::Cpus& cpus) {
+  if (!options.out.empty()) check_writable(options.out);
   const bench::Reading before = bench::read_device(no_root, cpus);
   Warner().warn(before);
   const Setting setting = describe(options, cpus, before);
@@ -206,6 +229,14 @@ void run(const bench::Options& options) {
   (options.package ? run_package : run_kit)(options, cpus);
 }
 
+// The first file that is opened takes the place of a stream that is closed; what is printed would
+// go into the results.
+void fill_closed_streams() noexcept {
+  for (int stream = 0; stream <= 2; ++stream) {
+    if (::fcntl(stream, F_GETFD) < 0 && ::open("/dev/null", O_RDWR) < 0) return;
+  }
+}
+
 int fail(int status, const std::string& message) {
   std::fprintf(stderr, "error: %s\n", printable(message).c_str());
   return status;
@@ -214,6 +245,7 @@ int fail(int status, const std::string& message) {
 }  // namespace
 
 int main(int n, char** values) {
+  fill_closed_streams();
   bench::set_signals();
   try {
     const bench::Options options = bench::parse_options(n, values);

@@ -10,7 +10,7 @@ namespace edgeqdm::bench {
 namespace {
 
 constexpr edgeqdm_status usage_error = static_cast<edgeqdm_status>(2);
-constexpr unsigned long max_threads = 4096;
+constexpr unsigned long max_threads = 256;
 constexpr double max_limit = 1e6;
 constexpr std::size_t longest_text = 200;
 
@@ -54,7 +54,11 @@ unsigned parse_threads(const std::string& text) {
   char* end = nullptr;
   const bool digits = !text.empty() && text.find_first_not_of("0123456789") == text.npos;
   const unsigned long found = digits ? std::strtoul(text.c_str(), &end, 10) : 0;
-  if (found < 1 || found > max_threads) {
+  if (found > max_threads) {
+    throw Error(EDGEQDM_INPUT, "argument --threads: found " + text.substr(0, 40) + ", at most " +
+                                   std::to_string(max_threads) + "; give fewer");
+  }
+  if (found < 1) {
     misused("argument --threads: expected a number from 1 on, found '" + printable(text) + "'");
   }
   return static_cast<unsigned>(found);

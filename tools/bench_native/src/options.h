@@ -25,7 +25,7 @@ struct Options {
 
 extern const char* const help_text;
 
-// Throws Error, with the exit code of wrong usage.
+// Throws Error: with the exit code of wrong usage, or INPUT for too many threads.
 Options parse_options(int n, char** values);
 
 }  // namespace edgeqdm::bench

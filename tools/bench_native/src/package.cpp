@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <memory>
 #include <numeric>
 
@@ -29,6 +31,17 @@ constexpr double ci_target = 0.02;
 // as it left them, not as another phase did.
 constexpr double warm_seconds = 0.01;
 
+// What `work` gives; what it says of a damaged file begins with its path.
+template <typename Work>
+auto named(const std::string& path, const Work& work) {
+  try {
+    return work();
+  } catch (const Error& error) {
+    if (error.status() != EDGEQDM_VERIFY) throw;
+    throw Error(EDGEQDM_VERIFY, path + ": " + error.what());
+  }
+}
+
 void require(const std::string& folder, const Manifest& manifest, const char* name) {
   if (manifest.files.count(name) != 0) return;
   throw Error(EDGEQDM_VERIFY,
@@ -42,6 +55,10 @@ Bytes read_part(const std::string& folder, const Manifest& manifest, const char*
 }
 
 Manifest checked_manifest(const std::string& folder) {
+  if (::access(folder.c_str(), F_OK) != 0) {
+    throw Error(EDGEQDM_INPUT,
+                folder + ": " + std::strerror(errno) + "; name the folder of a package");
+  }
   if (::access((folder + "/manifest.json").c_str(), F_OK) != 0) {
     throw Error(EDGEQDM_INPUT, folder + " holds no manifest.json; name a package, or leave "
                                         "--package out for a kit");
@@ -84,7 +101,8 @@ class Package {
       source.paths[start] = folder + "/" + name;
     }
     if (source.paths.empty()) require(folder, manifest, "model.onnx");
-    open(source, threads);
+    network_ = named(folder, [&] { return open(source, threads); });
+    prepare();
   }
 
   std::vector<PhaseTime> phases() const {
@@ -101,17 +119,14 @@ class Package {
  private:
   void read_starts(const std::string& folder, const Manifest& manifest) {
     const Bytes plan = read_part(folder, manifest, "plan.json", max_json_bytes);
-    try {
-      starts_ = parse_starts(plan, table_.steps);
-    } catch (const Error& error) {
-      throw Error(EDGEQDM_VERIFY, folder + "/plan.json: " + error.what());
-    }
+    starts_ = named(folder + "/plan.json", [&] { return parse_starts(plan, table_.steps); });
   }
 
   void read_null(const std::string& folder, const Manifest& manifest) {
     const char* name = "conditioning.safetensors";
     if (manifest.files.count(name) == 0) return;
-    null_ = parse_safetensors(read_part(folder, manifest, name, max_tensors_bytes))["null"].floats;
+    const Bytes data = read_part(folder, manifest, name, max_tensors_bytes);
+    null_ = named(folder + "/" + name, [&] { return parse_safetensors(data)["null"].floats; });
     if (table_.conditioning == layout::conditioning_embedding &&
         null_.size() == conditioning_size(table_)) {
       return;
@@ -119,10 +134,13 @@ class Package {
     throw Error(EDGEQDM_VERIFY, folder + "/" + name + ": does not fit schedule.bin");
   }
 
-  void open(const ModelSource& source, unsigned threads) {
+  std::unique_ptr<Network> open(const ModelSource& source, unsigned threads) const {
     NetworkOptions options;
     options.threads = static_cast<int>(threads);
-    network_ = open_network(source, table_, options);
+    return open_network(source, table_, options);
+  }
+
+  void prepare() {
     sampler_ = std::make_unique<Sampler>(table_, null_, *network_);
     x_.resize(std::size_t{table_.channels} * table_.height * table_.width);
     standard_normal(0, initial_stream, 0, x_.data(), x_.size());

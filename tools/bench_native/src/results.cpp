@@ -9,7 +9,9 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <sstream>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -23,8 +25,8 @@ namespace {
 // Longer than a run takes to end whose owner was killed.
 constexpr std::chrono::seconds lock_time{5};
 constexpr double longest_us = 1e9;
-// What every header begins with, of bench.py's files, too.
-constexpr const char* mark = "{\"schema_version\":";
+// Behind it stands when the results were begun, which a torn header tells differently.
+constexpr std::string_view time_mark = "\"created\":\"";
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(EDGEQDM_INPUT, message); }
 
@@ -33,10 +35,17 @@ constexpr const char* mark = "{\"schema_version\":";
                                   "); free the space or name another file with --out");
 }
 
-int open_regular(const std::string& path) {
+[[noreturn]] void cannot_read(const std::string& path) {
+  refuse(path + ": cannot be read (" + std::strerror(errno) + ")");
+}
+
+int open_regular(const std::string& path, int more_flags) {
   // Without O_NONBLOCK opening a FIFO waits for a reader that may never come.
   const int flags = O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK;
-  const int file = ::open(path.c_str(), flags, 0644);
+  const int file = ::open(path.c_str(), flags | more_flags, 0644);
+  if (file < 0 && errno == ELOOP) {
+    refuse(path + ": a symbolic link; delete it or name another file with --out");
+  }
   if (file < 0) cannot_write(path);
   struct stat found;
   if (::fstat(file, &found) == 0 && S_ISREG(found.st_mode)) return file;
@@ -50,7 +59,7 @@ std::string read_all(int file, const std::string& path) {
   while (true) {
     const ssize_t n = ::pread(file, block.data(), block.size(), static_cast<off_t>(data.size()));
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) refuse(path + ": cannot be read (" + std::strerror(errno) + ")");
+    if (n < 0) cannot_read(path);
     if (n == 0) return data;
     data.append(block.data(), static_cast<std::size_t>(n));
   }
@@ -67,8 +76,26 @@ void write_all(int file, const std::string& data, const std::string& path) {
   }
 }
 
-bool starts_with(const std::string& text, const std::string& start) {
-  return text.compare(0, start.size(), start) == 0;
+char byte_at(int file, off_t place, const std::string& path) {
+  char found = 0;
+  while (::pread(file, &found, 1, place) < 0) {
+    if (errno != EINTR) cannot_read(path);
+  }
+  return found;
+}
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// Whether a killed run may have left this of `header`, written at another time.
+bool is_torn_header(const std::string& text, const std::string& header) {
+  const std::size_t start = header.find(time_mark) + time_mark.size();
+  const std::size_t stop = header.find('"', start);
+  if (text.size() > header.size()) return false;
+  for (std::size_t k = 0; k < text.size(); ++k) {
+    const bool of_time = start <= k && k < stop && is_digit(text[k]) && is_digit(header[k]);
+    if (text[k] != header[k] && !of_time) return false;
+  }
+  return true;
 }
 
 // A null where the line is no JSON.
@@ -109,7 +136,7 @@ bool is_samples(const Json& line, const std::set<std::string>& graphs) {
 
 Results::Results(const std::string& path, const std::string& header,
                  const std::set<std::string>& graphs)
-    : path_(path), file_(open_regular(path)) {
+    : path_(path), file_(open_regular(path, 0)) {
   try {
     lock();
     resume(header, graphs);
@@ -167,9 +194,8 @@ void Results::resume(const std::string& header, const std::set<std::string>& gra
     if (number > 1) read_line(line, number, graphs);
     start = stop + 1;
   }
-  const bool begun = starts_with(torn, mark) || starts_with(header, torn);
-  if (whole == 0 && !begun) {
-    refuse(path_ + ": no results of this tool; name another file with --out");
+  if (whole == 0 && !is_torn_header(torn, header)) {
+    refuse(path_ + ": holds no results to go on with; name another file with --out");
   }
   // The last line of a killed run; what is appended must not stick to it.
   if (!torn.empty() && ::ftruncate(file_, static_cast<off_t>(whole)) != 0) cannot_write(path_);
@@ -225,19 +251,24 @@ void Results::read_line(const std::string& line, std::size_t number,
   }
 }
 
+std::pair<Results::Place, Results::Place> Results::rounds(const std::string& graph) const {
+  return {done_.lower_bound({graph, 0}), done_.upper_bound({graph, UINT64_MAX})};
+}
+
 std::uint64_t Results::count(const std::string& graph) const {
-  std::uint64_t n = 0;
-  for (auto each = done_.lower_bound({graph, 0}); each != done_.end(); ++each) {
-    if (each->first.first != graph) break;
-    ++n;
-  }
-  return n;
+  const auto [first, last] = rounds(graph);
+  return static_cast<std::uint64_t>(std::distance(first, last));
+}
+
+std::uint64_t Results::next_round(const std::string& graph) const {
+  const auto [first, last] = rounds(graph);
+  return first == last ? 0 : std::prev(last)->first.second + 1;
 }
 
 Samples Results::samples(const std::string& graph) const {
   Samples all;
-  for (auto each = done_.lower_bound({graph, 0}); each != done_.end(); ++each) {
-    if (each->first.first != graph) break;
+  const auto [first, last] = rounds(graph);
+  for (auto each = first; each != last; ++each) {
     all.insert(all.end(), each->second.begin(), each->second.end());
   }
   return all;
@@ -252,10 +283,14 @@ void Results::keep(const std::string& graph, std::uint64_t round, const Samples&
 void Results::append(const std::string& data) { write_all(file_, data, path_); }
 
 void append_line(const std::string& path, const std::string& line) {
-  const int file = open_regular(path);
+  // Nobody named this file: a link may lead to one of something else.
+  const int file = open_regular(path, O_NOFOLLOW);
   try {
-    const std::string before = read_all(file, path);
-    const bool torn = !before.empty() && before.back() != '\n';
+    const off_t size = ::lseek(file, 0, SEEK_END);
+    if (size > 0 && byte_at(file, 0, path) != '{') {
+      refuse(path + ": holds no readings of this tool; move it or name another file with --out");
+    }
+    const bool torn = size > 0 && byte_at(file, size - 1, path) != '\n';
     write_all(file, (torn ? "\n" : "") + line + "\n", path);
   } catch (...) {
     ::close(file);

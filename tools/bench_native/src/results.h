@@ -31,7 +31,10 @@ class Results {
   bool has(const std::string& graph, std::uint64_t round) const {
     return done_.count({graph, round}) != 0;
   }
+  // Rounds of a graph that are there.
   std::uint64_t count(const std::string& graph) const;
+  // The one behind the highest that is there: a line may have been deleted.
+  std::uint64_t next_round(const std::string& graph) const;
   // All samples of a graph, by round.
   Samples samples(const std::string& graph) const;
 
@@ -39,6 +42,10 @@ class Results {
   void keep(const std::string& graph, std::uint64_t round, const Samples& us);
 
  private:
+  using Place = std::map<Turn, Samples>::const_iterator;
+
+  // Those of a graph, by round.
+  std::pair<Place, Place> rounds(const std::string& graph) const;
   void lock();
   void resume(const std::string& header, const std::set<std::string>& graphs);
   void check_header(const std::string& line, const Json& own);
@@ -52,7 +59,8 @@ class Results {
   std::map<Turn, Samples> done_;
 };
 
-// Adds lines to a file that nobody goes on with. Throws Error, OUTPUT.
+// Adds a line to a file of such lines that nobody goes on with. Throws Error: INPUT for a file of
+// something else, OUTPUT for one that cannot be written.
 void append_line(const std::string& path, const std::string& line);
 
 }  // namespace edgeqdm::bench
