@@ -274,8 +274,10 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     graphs = find_graphs(check_hashes(PACKAGE))
     player = playback.open_player(PACKAGE)
-    if not 1 <= arguments.threads <= MAX_THREADS:
-        reason = f"--threads must be 1 to {MAX_THREADS}, got {arguments.threads}"
+    if arguments.threads < 1:
+        raise RunError(EXIT_INPUT, f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.threads > MAX_THREADS:
+        reason = f"--threads must be at most {MAX_THREADS}, got {arguments.threads}"
         raise RunError(EXIT_INPUT, reason)
     if arguments.columns < 1:
         raise RunError(EXIT_INPUT, f"--columns must be at least 1, got {arguments.columns}")

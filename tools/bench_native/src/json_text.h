@@ -16,7 +16,7 @@ std::string number_text(double value);
 std::string numbers_text(const std::vector<double>& values);
 std::string naturals_text(const std::vector<std::uint64_t>& values);
 
-// Quoted; control characters and what is no ASCII are escaped or replaced by '?'.
+// Quoted; '"' and '\' are escaped, control characters and what is no ASCII become '?'.
 std::string quoted(const std::string& text);
 std::string quoted_list(const std::vector<std::string>& texts);
 

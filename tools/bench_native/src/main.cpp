@@ -1,5 +1,4 @@
 // edgeqdm-bench: times the graphs of a kit, or a package, on this device.
-#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -229,14 +228,6 @@ void run(const bench::Options& options) {
   (options.package ? run_package : run_kit)(options, cpus);
 }
 
-// The first file that is opened takes the place of a stream that is closed; what is printed would
-// go into the results.
-void fill_closed_streams() noexcept {
-  for (int stream = 0; stream <= 2; ++stream) {
-    if (::fcntl(stream, F_GETFD) < 0 && ::open("/dev/null", O_RDWR) < 0) return;
-  }
-}
-
 int fail(int status, const std::string& message) {
   std::fprintf(stderr, "error: %s\n", printable(message).c_str());
   return status;
@@ -245,7 +236,7 @@ int fail(int status, const std::string& message) {
 }  // namespace
 
 int main(int n, char** values) {
-  fill_closed_streams();
+  edgeqdm::reserve_standard_streams();
   bench::set_signals();
   try {
     const bench::Options options = bench::parse_options(n, values);
