@@ -106,12 +106,12 @@ def _add_biases(
     first, second = _bias(before), _bias(beside)
     assert first is not None
     assert second is not None
-    name = f"{biased.name}/biases"
+    name, summed = f"{biased.name}/biases", first + second
     joined = onnx_ir.Value(
         name=name,
         type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
-        shape=onnx_ir.Shape(first.shape),
-        const_value=onnx_ir.tensor(first + second, name=name),
+        shape=onnx_ir.Shape(summed.shape),
+        const_value=onnx_ir.tensor(summed, name=name),
     )
     graph.register_initializer(joined)
     maps = onnx_ir.node("Add", [y, shortcut], name=f"{before.name}/maps")

@@ -58,8 +58,7 @@ FileState state_of(const struct stat& found) noexcept {
 #else
   const struct timespec& changed = found.st_ctim;
 #endif
-  return {static_cast<std::uint64_t>(found.st_dev), static_cast<std::uint64_t>(found.st_ino),
-          static_cast<std::uint64_t>(found.st_size), static_cast<std::int64_t>(changed.tv_sec),
+  return {static_cast<std::uint64_t>(found.st_size), static_cast<std::int64_t>(changed.tv_sec),
           static_cast<std::int64_t>(changed.tv_nsec)};
 }
 
@@ -143,8 +142,7 @@ std::string file_fault(const std::string& folder, const std::string& relative) {
 }
 
 bool FileState::operator==(const FileState& other) const noexcept {
-  return device == other.device && inode == other.inode && size == other.size &&
-         seconds == other.seconds && nanoseconds == other.nanoseconds;
+  return size == other.size && seconds == other.seconds && nanoseconds == other.nanoseconds;
 }
 
 FileState file_state(const std::string& path) noexcept {

@@ -14,9 +14,10 @@ using Bytes = std::vector<unsigned char>;
 // `missing`, `not a path inside the package`, `hard link` or `not a regular file`.
 std::string file_fault(const std::string& folder, const std::string& relative);
 
-// Tells a file from what is written over it or put in its place.
+// Tells a file from what is written over it or put in its place. Not by its inode, which some
+// network and user-space file systems number anew every time.
 struct FileState {
-  std::uint64_t device, inode, size;
+  std::uint64_t size;
   std::int64_t seconds, nanoseconds;  // of its last change
 
   bool operator==(const FileState& other) const noexcept;
