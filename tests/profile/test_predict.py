@@ -501,9 +501,7 @@ def test_of_many_missing_operations_ten_are_listed_and_the_rest_counted() -> Non
 # Bytes.
 
 
-def bytes_of(
-    kind: LayerKind, weight_shape: tuple[int, ...], precision: Precision
-) -> tuple[int, int]:
+def bytes_of(weight_shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
     values = weight_shape[0] * weight_shape[1]
     return values * precision.weight_bits // 8, values
 

@@ -937,9 +937,7 @@ def test_a_damaged_package_is_not_timed(sanitized: Path, package: Path, tmp_path
     damaged = Path(shutil.copytree(package, tmp_path / "package"))
     flip(damaged / "model.onnx", 100)
     found = bench_of(sanitized, damaged, "--package")
-    refused(
-        found, 8, f"{damaged}: package is damaged: model.onnx (changed); copy the package again"
-    )
+    refused(found, 8, f"{damaged}: package is damaged: model.onnx (changed) - copy it again")
 
 
 def replace_file(package: Path, name: str, data: bytes) -> None:

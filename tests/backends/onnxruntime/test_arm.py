@@ -116,5 +116,5 @@ def test_a_damaged_package_is_refused(arm: Arm, packages: Path, tmp_path: Path) 
     graph.write_bytes(graph.read_bytes()[:-1])
     done = arm.run("--package", package, "--out", tmp_path / "sheet.png")
     assert done.returncode == 8
-    assert done.stderr == "error: package is damaged: model.onnx (size)\n"
+    assert done.stderr == "error: package is damaged: model.onnx (size) - copy it again\n"
     assert not (tmp_path / "sheet.png").exists()

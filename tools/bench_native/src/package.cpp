@@ -66,7 +66,7 @@ Manifest checked_manifest(const std::string& folder) {
   try {
     return check_package(folder);
   } catch (const Error& error) {
-    throw Error(error.status(), folder + ": " + error.what() + "; copy the package again");
+    throw Error(error.status(), folder + ": " + error.what());
   }
 }
 
