@@ -1,7 +1,9 @@
 // The network on ONNX Runtime, through its C API only.
 #include <onnxruntime_c_api.h>
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <iterator>
 #include <memory>
 #include <string>
@@ -36,6 +38,25 @@ void give_back_freed() noexcept {
 #ifdef __GLIBC__
   malloc_trim(0);
 #endif
+}
+
+// What loading takes at least beside a few copies of the weights.
+constexpr std::uint64_t least_to_load = std::uint64_t{16} << 20;
+
+// Where an allocation fails while it loads a graph, ONNX Runtime (1.31.1) may end with a signal.
+// Under a limit that is found here; where memory is promised and not there, no one can find it.
+void require_memory(std::uint64_t model_bytes) {
+  const std::uint64_t needed = 3 * model_bytes + least_to_load;
+  void* place = MAP_FAILED;
+  if (needed <= SIZE_MAX) {
+    place = ::mmap(nullptr, static_cast<std::size_t>(needed), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
+  if (place == MAP_FAILED) {
+    throw Error(EDGEQDM_RESOURCE, "out of memory - to load the model takes about " +
+                                      std::to_string(needed >> 20) + " MiB, end other programs");
+  }
+  ::munmap(place, static_cast<std::size_t>(needed));
 }
 
 // The graph that serves the steps from `start` on.
@@ -133,6 +154,7 @@ class OnnxRuntimeNetwork final : public Network {
     if (!asked.provider.empty()) append_provider(options.get(), asked.provider);
     OrtSession* session = nullptr;
     if (source.bytes != nullptr) {
+      require_memory(source.n_bytes);
       check(api_.CreateSessionFromArray(env_.get(), source.bytes, source.n_bytes, options.get(),
                                         &session),
             EDGEQDM_VERIFY, refused("the model").c_str());
@@ -142,6 +164,7 @@ class OnnxRuntimeNetwork final : public Network {
     // The files are what the manifest says: with a provider, it is that which cannot do it.
     const auto meaning = asked.provider.empty() ? EDGEQDM_VERIFY : EDGEQDM_UNSUPPORTED;
     for (const auto& [start, path] : source.paths) {
+      require_memory(file_size(path));
       check(api_.CreateSession(env_.get(), path.c_str(), options.get(), &session), meaning,
             refused(path.substr(path.rfind('/') + 1)).c_str());
       sessions_.push_back({start, handle(session, api_.ReleaseSession)});
