@@ -289,7 +289,9 @@ def run(
     embedding: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One embedding per image, .npy.")
     ] = None,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of the runtime.")] = 1,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=1, max=256, help="Threads of the runtime.")
+    ] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -71,7 +71,7 @@ def host(
     model: Model,
     out: OutProfile,
     target: Target = "onnxruntime",
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Of the runtime.")] = 1,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, max=256, help="Of the runtime.")] = 1,
     precision: Precisions = None,
     wholes: Wholes = 16,
     name: Annotated[
