@@ -320,9 +320,7 @@ CONV = OpKey(
     ],
     ids=str,
 )
-def test_weights_are_dequantized_at_load_bit_by_bit(
-    key: OpKey, precision: str, tmp_path: Path
-) -> None:
+def test_weights_are_dequantized_at_load(key: OpKey, precision: str, tmp_path: Path) -> None:
     network = one_layer(key, Precision(precision))
     x = torch.randn(key.input_shape, generator=torch.Generator().manual_seed(0))
     model = exported(network, x)
@@ -334,10 +332,11 @@ def test_weights_are_dequantized_at_load_bit_by_bit(
 
     graph = optimized(model, tmp_path)
     assert {n.op_type for n in graph.node} <= {"MatMul", "Conv", "ReorderInput", "ReorderOutput"}
-    expected = network.layer.float_weight()
-    found = [t for t in map(numpy_helper.to_array, graph.initializer) if t.size >= weights]
+    # Bit by bit; those of a convolution stand in blocks of channels by now.
     if key.kind is LayerKind.LINEAR:
-        np.testing.assert_array_equal(found[0], expected.numpy().T)
+        expected = network.layer.float_weight().numpy().T
+        found = [t for t in map(numpy_helper.to_array, graph.initializer) if t.size == weights]
+        np.testing.assert_array_equal(found[0], expected)
     with torch.no_grad():
         y = network(x, torch.tensor(0)).numpy()
     np.testing.assert_allclose(run(model, sample=x.numpy()), y, rtol=0, atol=2e-6)
